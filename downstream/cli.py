@@ -1,0 +1,200 @@
+"""The command ``medglip``. Heavy packages are imported by the command that needs them, so that ``--help`` is quick."""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+HOME = Path("runs/demo")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands; each has its own ``--help`` with an example."""
+    top = argparse.ArgumentParser(
+        prog="medglip",
+        description="Answers about medical images that point at the picture. Research use only; not a medical device.",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str, example: str) -> argparse.ArgumentParser:
+        raw = argparse.RawDescriptionHelpFormatter
+        return commands.add_parser(
+            name, help=summary, description=summary, epilog=f"example:\n  {example}", formatter_class=raw
+        )
+
+    demo = add("demo", "train and measure the whole chain on the embedded brain set", "medglip demo --out runs/demo")
+    demo.add_argument("--out", type=Path, default=HOME)
+    demo.add_argument("--full", action="store_true", help="all routes and sources, more questions (about an hour)")
+    demo.add_argument("--config", type=Path, help="YAML file instead of configs/demo/{quick,full}.yaml")
+    demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings of configs/demo, such as seed=1")
+    demo.set_defaults(run=run_demo)
+
+    ground = add("ground", "find phrases in an image", "medglip ground slice.png 'lesion' 'left insula' --overlay o.png")
+    ground.add_argument("image", metavar="IMAGE", help="PNG, JPEG, TIFF, BMP, DICOM, or vol.nii.gz@axial:87")
+    ground.add_argument("phrases", metavar="PHRASE", nargs="+")
+    ground.add_argument("--out", type=Path, help="regions as JSON")
+    ground.add_argument("--overlay", type=Path, help="PNG with the regions drawn")
+    ground.set_defaults(run=run_ground)
+
+    ask = add("ask", "answer a question about an image", "medglip ask slice.png 'Where is the lesion?' --out answer.json")
+    ask.add_argument("image", metavar="IMAGE")
+    ask.add_argument("question", metavar="QUESTION")
+    ask.add_argument("--out", type=Path, help="answer and evidence as JSON")
+    ask.set_defaults(run=run_ask)
+
+    report = add("report", "write a report about an image", "medglip report slice.png --out report.html")
+    report.add_argument("image", metavar="IMAGE")
+    report.add_argument("--out", type=Path, help="report.html or report.json")
+    report.set_defaults(run=run_report)
+
+    for command in (ground, ask, report):
+        command.add_argument("--modality", help="what kind of image it is; believed, not checked")
+        command.add_argument("--checkpoint", type=Path, default=HOME, help=f"default: {HOME}, which `medglip demo` makes")
+    for command in (ask, report):
+        command.add_argument("--route", default="tokens", choices=("none", "text", "tokens"))
+        command.add_argument("--regions", type=Path, help="a regions.jsonl with one image, instead of the detector's")
+
+    score = add(
+        "score", "score predictions against references", "medglip score vqa --predictions p.jsonl --references r.jsonl"
+    )
+    score.add_argument("task", choices=("vqa", "report", "grounding"))
+    score.add_argument("--predictions", type=Path, required=True)
+    score.add_argument("--references", type=Path, required=True)
+    score.add_argument("--protocol", nargs="+", default=[], help="vqa: strict; report: text, findings; grounding: coco")
+    score.add_argument("--out", type=Path, help="scores.json")
+    score.set_defaults(run=run_score)
+    return top
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    from downstream.demo import run
+
+    run(options.out, options.full, options.config, options.overrides)
+
+
+def run_ground(options: argparse.Namespace) -> None:
+    from configs import write_atomic
+    from downstream.assistant import grounder_dir, look
+    from grounding.detect import load_grounder
+    from grounding.images import read_image
+    from grounding.overlay import overlay
+
+    _check_outputs(options.out, options.overlay)
+    image = read_image(options.image)
+    grounder = load_grounder(grounder_dir(options.checkpoint))
+    found = look(grounder, image, options.modality, options.phrases).found
+    for query in found.queries:
+        print(f"looked for {query['phrase']}: present with probability {query['presence']:.2f}")
+    _print_regions(found.to_dict(), image.pixels.shape[:2])
+    if options.out:
+        row = {"image_id": Path(options.image).name, **found.to_dict(), "detector": grounder.hash}
+        write_atomic(options.out, json.dumps(row, indent=1) + "\n")
+    if options.overlay:
+        overlay(image.pixels, found, options.overlay, grounder.tree)
+
+
+def run_ask(options: argparse.Namespace) -> None:
+    from configs import write_atomic
+    from downstream.assistant import load_assistant
+
+    _check_outputs(options.out)
+    _check_readable(options)
+    if not options.question.strip():
+        raise ValueError("empty question; ask something about the image")
+    assistant = load_assistant(options.checkpoint, options.route)
+    answer, image = assistant.ask(options.image, options.question, options.modality, options.regions)
+    print(f"\n{answer['answer']}\n")
+    for query in answer["asked_for"]:
+        print(f"looked for {query['phrase']}: present with probability {query['presence']:.2f}")
+    _print_regions(answer["evidence"], image.pixels.shape[:2])
+    print(answer["notice"])
+    if options.out:
+        write_atomic(options.out, json.dumps(answer, indent=1) + "\n")
+
+
+def run_report(options: argparse.Namespace) -> None:
+    from configs import write_atomic
+    from downstream.assistant import load_assistant
+
+    if options.out and options.out.suffix not in (".html", ".json"):
+        raise ValueError(f"{options.out}: reports are written as .html or .json")
+    _check_outputs(options.out)
+    _check_readable(options)
+    assistant = load_assistant(options.checkpoint, options.route)
+    report, image = assistant.report(options.image, options.modality, options.regions)
+    print()
+    for sentence in report["sentences"]:
+        cited = " ".join(f"[r{k}]" for k in sentence["region_ids"])
+        print(sentence["text"], cited)
+    print()
+    _print_regions(report["evidence"], image.pixels.shape[:2])
+    print(report["notice"])
+    if options.out and options.out.suffix == ".json":
+        write_atomic(options.out, json.dumps(report, indent=1) + "\n")
+    elif options.out:
+        from downstream.pages import write_report_page
+
+        write_report_page(options.out, report, image)
+
+
+def run_score(options: argparse.Namespace) -> None:
+    from eval.score import run_score as score
+
+    score(options)
+
+
+def _check_readable(options: argparse.Namespace) -> None:
+    """Reads the image before the models are loaded: a wrong path should not cost ten seconds."""
+    from grounding.images import read_image
+
+    read_image(options.image)
+
+
+def _check_outputs(*paths: Path | None) -> None:
+    """Raises OSError before any work is done where a result could not be written."""
+    for path in filter(None, paths):
+        folder = path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK) or path.is_dir():
+            raise PermissionError(f"{path}: cannot be written; choose another file")
+
+
+def _print_regions(regions: dict, size: tuple[int, int]) -> None:
+    from grounding.labels import load_label_tree
+
+    tree, (height, width) = load_label_tree(), size
+    for k, region in enumerate(regions["regions"]):
+        x1, y1, x2, y2 = region["box"]
+        label = tree.phrase(region["label"]) if region["label"] in tree.nodes else region["label"]
+        box = f"x {x1 * width:.0f}-{x2 * width:.0f}, y {y1 * height:.0f}-{y2 * height:.0f}"
+        print(f"  [r{k}] {label:<36} {region.get('score', 1.0):.2f}  {box}")
+    if not regions["regions"]:
+        print("  no region found")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0, 1 where something failed, 2 for wrong use; an error is one line that names the thing."""
+    options = parser().parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to their own developers
+    from configs import ConfigError
+
+    try:
+        options.run(options)
+    except ConfigError as error:
+        print(f"medglip {options.command}: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, RuntimeError) as error:  # ours name what is wrong; others at least the command
+        print(f"medglip {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nmedglip {options.command}: stopped; run it again to go on where it was", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

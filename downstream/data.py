@@ -1,0 +1,124 @@
+"""What a bridge is trained on, batch by batch, and how samples and images are read for it and for prediction."""
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from bridges.routes import labels_in
+from downstream.citations import cite
+from downstream.embedded import Base
+from downstream.prompts import REPORT_QUESTION, Batch, Prompt, build_prompt, collate, report_text
+from downstream.samples import ReportSample, VQASample, read_questions, read_reports
+from downstream.sources import RegionSource, TokenTable
+from grounding.images import read_image, to_pixel_values
+from grounding.labels import LabelTree
+from grounding.store import open_store
+from grounding.types import GroundingSample
+
+Sample = VQASample | ReportSample
+
+
+def question_of(sample: Sample) -> str:
+    return sample.question if isinstance(sample, VQASample) else REPORT_QUESTION
+
+
+def answer_of(sample: Sample) -> str:
+    return sample.answer if isinstance(sample, VQASample) else str(report_text(sample))
+
+
+def image_of(sample: Sample) -> str:
+    """The id of the image that is looked at: a study's first."""
+    return sample.image_id if isinstance(sample, VQASample) else sample.images[0]
+
+
+def pixels_of(record: GroundingSample, base: Base) -> torch.Tensor:
+    """(3, S, S) float32, letterboxed and normalised for the tower of `base`."""
+    return to_pixel_values(read_image(record.image).pixels, base.image_size)[0]
+
+
+def extent_mm(record: GroundingSample) -> tuple[float, float] | None:
+    """(height, width) of the whole image in mm, None where its pixel spacing is not known."""
+    if record.spacing is None:
+        return None
+    (height, width), (row, column) = record.regions.image_size, record.spacing
+    return height * row, width * column
+
+
+class DataConfig(Protocol):
+    """The fields of the training configuration that the data depend on."""
+
+    data: Path
+    route: str
+    k: int
+    batch_size: int
+    seed: int
+    max_answer: int
+    annotated_share: float
+    region_dropout: float
+    feature_dropout: float
+    limit: int | None
+
+
+def plan_epoch(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Batches of sample indices for one epoch, in random order; samples of one batch have about the same length.
+
+    Sorted within windows of 16 batches: padding to the longest report would else double the cost of every question.
+    The last samples of an epoch that fill no batch are left out; another epoch has others.
+    """
+    rng = random.Random(f"{seed}/{epoch}")
+    order = rng.sample(range(len(lengths)), len(lengths))
+    while len(order) < batch_size:
+        order += order
+    window = 16 * batch_size
+    order = [i for w in range(0, len(order), window) for i in sorted(order[w : w + window], key=lambda i: lengths[i])]
+    batches = [order[start : start + batch_size] for start in range(0, len(order) - batch_size + 1, batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+class TrainingData:
+    """Questions and reports of one folder with their images and regions; `batch(number)` is the number-th of all."""
+
+    def __init__(self, config: DataConfig, base: Base, tree: LabelTree, tables: Mapping[str, TokenTable]):
+        self.config, self.base, self.tree, self.tables = config, base, tree, tables
+        self.store = open_store(config.data / "store")
+        reports = [report for report in read_reports(config.data / "reports.jsonl") if report_text(report)]
+        self.samples: list[Sample] = [
+            *read_questions(config.data / "questions.jsonl")[: config.limit],
+            *reports[: config.limit],
+        ]
+        if not self.samples:
+            raise ValueError(f"{config.data}: questions.jsonl and reports.jsonl hold no sample to train on")
+        self.lengths = [len(question_of(sample)) + len(answer_of(sample)) for sample in self.samples]
+        self._epoch, self._plan = -1, []
+
+    def batch(self, number: int) -> tuple[torch.Tensor, Batch]:
+        """(pixel_values (B, 3, S, S), prompts with answers)."""
+        per_epoch = len(self._plan) or len(plan_epoch(self.lengths, self.config.batch_size, self.config.seed, 0))
+        epoch, place = divmod(number, per_epoch)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._plan = plan_epoch(self.lengths, self.config.batch_size, self.config.seed, epoch)
+        rng = random.Random(f"{self.config.seed}/regions/{number}")
+        samples = [self.samples[i] for i in self._plan[place]]
+        pixels, prompts = zip(*(self._example(sample, rng) for sample in samples), strict=True)
+        return torch.stack(pixels), collate(prompts, self.base.tokenizer.pad_token_id)
+
+    def _example(self, sample: Sample, rng: random.Random) -> tuple[torch.Tensor, Prompt]:
+        config, image_id, question = self.config, image_of(sample), question_of(sample)
+        draws = [rng.random() for _ in range(3)]  # always three, so that each route and rate sees the same samples
+        kind = "annotated" if draws[0] < config.annotated_share else "predicted"
+        features = "zero" if draws[2] < config.feature_dropout else "full"
+        source = RegionSource(self.tables[kind], is_empty=draws[1] < config.region_dropout, features=features)
+        slots = source.slots(image_id, labels_in(question, self.tree), self.tree, config.k)
+        record = self.store.by_id(image_id)
+        answer = answer_of(sample)
+        if isinstance(sample, ReportSample) and config.route != "none" and sample.findings:
+            answer = answer.replace(sample.findings, cite(sample.findings, slots, self.tree), 1)
+        prompt = build_prompt(
+            self.base, question, slots, config.route, self.tree, extent_mm(record), answer, config.max_answer
+        )
+        return pixels_of(record, self.base), prompt

@@ -1,0 +1,1 @@
+"""Evaluation: predictions + references → scores, each with its interval and per-sample results."""

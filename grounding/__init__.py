@@ -1,0 +1,1 @@
+"""Grounding: image + phrases → regions (boxes, masks) and region tokens."""

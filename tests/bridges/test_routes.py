@@ -1,0 +1,103 @@
+"""Which regions reach a prompt, in which order, and what the control sources make of them."""
+
+import pytest
+import torch
+
+from bridges.routes import empty, features_zero, labels_in, pick, regions_as_text, shuffled
+from grounding.labels import load_label_tree
+from grounding.types import RegionTokens
+
+TREE = load_label_tree()
+LEFT, RIGHT = "brain/temporal_lobe/left_temporal_lobe", "brain/temporal_lobe/right_temporal_lobe"
+
+
+def regions(*rows: tuple[str, float, float, int]) -> RegionTokens:
+    """Rows of (label, score, side of a square box, level), as a batch of one."""
+    n = len(rows)
+    sides = torch.tensor([[row[2] for row in rows]])
+    boxes = torch.stack([torch.zeros(1, n), torch.zeros(1, n), sides, sides], -1)
+    return RegionTokens(
+        features=torch.arange(1.0, n + 1)[None, :, None].repeat(1, 1, 3),
+        boxes=boxes,
+        scores=torch.tensor([[row[1] for row in rows]]),
+        labels=[[row[0] for row in rows]],
+        label_vectors=torch.ones(1, n, 2),
+        levels=torch.tensor([[row[3] for row in rows]]),
+        valid=torch.ones(1, n, dtype=torch.bool),
+        queries=[[{"phrase": label, "label": label, "presence": 0.5} for label in (LEFT, RIGHT)]],
+    )
+
+
+TOKENS = regions(
+    ("brain", 0.99, 0.9, 2),
+    (f"{LEFT}/lesion", 0.6, 0.1, 0),
+    (f"{RIGHT}/lesion", 0.5, 0.2, 1),
+    (LEFT, 0.9, 0.4, 2),
+    (f"{RIGHT}/lesion", 0.1, 0.0, 3),
+    (RIGHT, 0.8, 0.4, 2),
+)
+
+
+def test_a_question_names_the_longest_and_the_shorter_labels():
+    named = labels_in("Is there a lesion in the left temporal lobe?", TREE)
+    assert {f"{LEFT}/lesion", LEFT, "brain/lesion"} <= named
+    assert labels_in("How are you?", TREE) == frozenset()
+
+
+def test_findings_come_first_and_the_largest_leads():
+    slots = pick(TOKENS, 0, [], TREE, 4)
+    assert slots.labels[0] == [f"{RIGHT}/lesion", f"{LEFT}/lesion", "brain", LEFT]
+    assert slots.valid.tolist() == [[True] * 4]
+    assert slots.features[0, :, 0].tolist() == [3, 2, 1, 4]
+
+
+def test_labels_of_the_question_are_chosen_even_when_not_found():
+    slots = pick(TOKENS, 0, [RIGHT, f"{RIGHT}/lesion"], TREE, 3)
+    assert slots.labels[0] == [f"{RIGHT}/lesion", RIGHT, f"{RIGHT}/lesion"]
+    assert slots.levels[0].tolist() == [1, 2, 3]
+    assert [query["label"] for query in slots.queries[0]] == [RIGHT]
+
+
+def test_free_slots_are_zero_and_invalid():
+    slots = pick(TOKENS, 0, [], TREE, 9)
+    assert slots.valid[0].tolist() == [True] * 6 + [False] * 3
+    assert slots.labels[0][6:] == ["", "", ""] and not slots.features[0, 6:].any()
+
+
+def test_padding_of_the_file_is_never_chosen():
+    tokens = regions((LEFT, 0.9, 0.4, 2), (RIGHT, 0.95, 0.4, 2))
+    tokens.valid[0, 1] = False
+    assert pick(tokens, 0, [], TREE, 2).labels[0] == [LEFT, ""]
+
+
+def test_empty_keeps_the_slots_and_nothing_else():
+    nothing = empty(pick(TOKENS, 0, [], TREE, 4))
+    assert nothing.valid.shape == (1, 4) and not nothing.valid.any() and nothing.labels == [[""] * 4]
+
+
+def test_features_zero_touches_features_only():
+    slots = pick(TOKENS, 0, [], TREE, 4)
+    control = features_zero(slots)
+    assert not control.features.any() and slots.features.any()
+    assert control.boxes is slots.boxes and control.labels is slots.labels and control.valid is slots.valid
+
+
+def test_shuffled_gives_each_image_once_to_another_patient():
+    patients = {f"image{i}": f"patient{i // 2}" for i in range(20)}
+    partner = shuffled(patients, seed=3)
+    assert sorted(partner.values()) == sorted(patients)
+    assert all(patients[a] != patients[b] for a, b in partner.items())
+    assert partner == shuffled(dict(reversed(patients.items())), seed=3) != shuffled(patients, seed=4)
+
+
+def test_shuffled_refuses_what_one_patient_dominates():
+    with pytest.raises(ValueError, match="2 of 3 images"):
+        shuffled({"a": "p", "b": "p", "c": "q"}, seed=0)
+
+
+def test_regions_as_text():
+    slots = pick(TOKENS, 0, [f"{RIGHT}/lesion"], TREE, 3)
+    text = regions_as_text(slots, TREE, extent_mm=(100.0, 150.0))
+    assert text.startswith("right temporal lobe lesion 30 mm at 0,0,20,20; ")
+    assert text.endswith("; no right temporal lobe lesion")
+    assert regions_as_text(empty(slots), TREE) == ""
