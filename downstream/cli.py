@@ -31,14 +31,18 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings of configs/demo, such as seed=1")
     demo.set_defaults(run=run_demo)
 
-    ground = add("ground", "find phrases in an image", "medglip ground slice.png 'lesion' 'left insula' --overlay o.png")
+    ground = add(
+        "ground", "find phrases in an image", "medglip ground slice.png 'lesion' 'left insula' --overlay o.png"
+    )
     ground.add_argument("image", metavar="IMAGE", help="PNG, JPEG, TIFF, BMP, DICOM, or vol.nii.gz@axial:87")
     ground.add_argument("phrases", metavar="PHRASE", nargs="+")
     ground.add_argument("--out", type=Path, help="regions as JSON")
     ground.add_argument("--overlay", type=Path, help="PNG with the regions drawn")
     ground.set_defaults(run=run_ground)
 
-    ask = add("ask", "answer a question about an image", "medglip ask slice.png 'Where is the lesion?' --out answer.json")
+    ask = add(
+        "ask", "answer a question about an image", "medglip ask slice.png 'Where is the lesion?' --out answer.json"
+    )
     ask.add_argument("image", metavar="IMAGE")
     ask.add_argument("question", metavar="QUESTION")
     ask.add_argument("--out", type=Path, help="answer and evidence as JSON")
@@ -51,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
 
     for command in (ground, ask, report):
         command.add_argument("--modality", help="what kind of image it is; believed, not checked")
-        command.add_argument("--checkpoint", type=Path, default=HOME, help=f"default: {HOME}, which `medglip demo` makes")
+        command.add_argument(
+            "--checkpoint", type=Path, default=HOME, help=f"default: {HOME}, which `medglip demo` makes"
+        )
     for command in (ask, report):
         command.add_argument("--route", default="tokens", choices=("none", "text", "tokens"))
         command.add_argument("--regions", type=Path, help="a regions.jsonl with one image, instead of the detector's")

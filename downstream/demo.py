@@ -186,17 +186,21 @@ def _ground(folder: Path, data: Path, config: DemoConfig) -> None:
 
 
 def _regions(folder: Path, data: Path, checkpoint: Path) -> None:
-    """``folder``/{train,test}-{predicted,annotated}, test-file, and test-candidates.jsonl with the low scores as well."""
+    """``folder``/{train,test}-{predicted,annotated}, test-file; test-candidates.jsonl has low scores too."""
     grounder = load_grounder(checkpoint)
     for split in ("train", "test"):
         store = open_store(data / split / "store")
         for kind in ("predicted", "annotated"):
             out = folder / f"{split}-{kind}"
-            candidates = write_predictions(grounder, store, PredictConfig(checkpoint, data / split / "store", out, kind))
+            candidates = write_predictions(
+                grounder, store, PredictConfig(checkpoint, data / split / "store", out, kind)
+            )
             if (split, kind) == ("test", "predicted"):
                 write_regions(folder / "test-candidates.jsonl", candidates)
     # A regions.jsonl as another program or a radiologist would hand in: boxes and label names, no masks, no scores.
-    bare = {image_id: _bare(regions) for image_id, regions in read_regions(folder / "test-annotated/regions.jsonl").items()}
+    bare = {
+        image_id: _bare(regions) for image_id, regions in read_regions(folder / "test-annotated/regions.jsonl").items()
+    }
     write_regions(folder / "radiologist.jsonl", bare)
     settings = PredictConfig(
         checkpoint, data / "test" / "store", folder / "test-file", f"file:{folder / 'radiologist.jsonl'}"
@@ -242,6 +246,8 @@ def _answers(folder: Path, out: Path, config: DemoConfig) -> None:
                 continue
             source = "predicted" if system.source is None else system.source
             given = {"predicted": tables["file"]} if source == "file" else tables
-            regions = open_source("predicted" if source == "file" else source, given, patients, system.features, config.seed)
+            regions = open_source(
+                "predicted" if source == "file" else source, given, patients, system.features, config.seed
+            )
             said: list[Prediction] = predict(answerer, store, samples, regions, describe=f"   {system.name}")
             write_samples(path, said)

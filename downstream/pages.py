@@ -66,8 +66,8 @@ def write_demo_page(
             )
         )
     notes = [
-        "Images: slices of MRI templates (averages of many people) with generated lesions; questions and reports follow "
-        "from the annotations by rule. Nothing here is a patient.",
+        "Images: slices of MRI templates (averages of many people) with generated lesions; questions and reports "
+        "follow from the annotations by rule. Nothing here is a patient.",
         f"The {len(cases)} cases are the first of the test set's random order, not chosen by result.",
     ]
     write_gallery(path, scores, cases, notes)
@@ -108,7 +108,12 @@ def write_report_page(path: Path, report: dict[str, Any], image: MedicalImage) -
     nothing = dataclasses.replace(evidence, boxes=np.zeros((0, 4)), labels=[], scores=None, masks=None)
     said = {"sentences": report["sentences"], "evidence": evidence, "text": report["report"]}
     case = Case(
-        Path(report["image"]).name, stream.getvalue(), evidence, nothing, [], {"reference": "", "systems": {"report": said}}
+        Path(report["image"]).name,
+        stream.getvalue(),
+        evidence,
+        nothing,
+        [],
+        {"reference": "", "systems": {"report": said}},
     )
     facts = {key: report[key] for key in ("image", "route", "detector", "model")}
     write_gallery(path, {"tables": [], "run": facts}, [case], [report["notice"]])

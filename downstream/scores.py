@@ -186,7 +186,7 @@ def _vqa_table(vqa: dict[str, Any]) -> dict[str, Any]:
         overall = scores["overall"]
         rows.append([name, overall.n, overall.value, _span(overall), *(part and part.value for part in parts)])
     columns = ["system", "n", "accuracy", "95 %", "closed", "open", "boxes", "feature"]
-    note = "zero: region features zeroed. boxes: boxes and labels suffice for the answer; feature: they do not (brightness, margin, shape, texture)."
+    note = "zero: region features zeroed. boxes: boxes and labels suffice for the answer; feature: they do not."
     return _table("Questions (accuracy, protocol strict)", columns, rows, note)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
+from transformers.integrations import unset_hf_deepspeed_config
 
 from bridges.projector import ProjectorConfig
 from bridges.region_vlm import BridgeConfig, RegionVLM, embedding_scale
@@ -42,8 +43,8 @@ class TrainConfig:
     A sample gets its annotated regions with probability `annotated_share`, else the predicted ones; none at all with
     `region_dropout`; their features are zeroed with `feature_dropout`, so that both controls are familiar at the test.
     `batch_size` is a process's. `limit`: that many questions and reports at most. `lr` is LoRA's, `bridge_lr` that of
-    the two projectors. `precision`: fp32, bf16 (products in bfloat16; all weights stay float32), or auto, which takes bf16
-    where the hardware is faster at it.
+    the two projectors. `precision`: fp32, bf16 (products in bfloat16; all weights stay float32), or auto, which takes
+    bf16 where the hardware is faster at it.
     """
 
     data: Path
@@ -169,6 +170,9 @@ def build_vlm(config: TrainConfig, base: Base, table: TokenTable) -> RegionVLM:
 
 def fit(accelerator: Accelerator, config: TrainConfig) -> None:
     """Model, data, loop, save."""
+    # Else transformers splits the model over the processes while it is built. It is needed whole here (its fingerprint,
+    # the scale of its embeddings); ZeRO-3 splits it in `prepare`.
+    unset_hf_deepspeed_config()
     with accelerator.main_process_first():
         base = load_base(config.base)
     tables = {"predicted": read_table(config.predicted), "annotated": read_table(config.annotated)}

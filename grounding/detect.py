@@ -149,7 +149,9 @@ class Grounder:
         for v, (_, label) in enumerate(phrases):
             ranked = best[:, v][scores[best[:, v], v] > FLOOR]
             limit = self._most_boxes(label)
-            kept = [0] * min(1, len(ranked)) if limit == 1 else nms(out.boxes[k][ranked], scores[ranked, v], 0.5)[:limit]
+            kept = (
+                [0] * min(1, len(ranked)) if limit == 1 else nms(out.boxes[k][ranked], scores[ranked, v], 0.5)[:limit]
+            )
             rows += [(int(ranked[i]), v) for i in kept]
         location = torch.tensor([row[0] for row in rows], dtype=torch.long)
         phrase = torch.tensor([row[1] for row in rows], dtype=torch.long)
@@ -191,7 +193,7 @@ class Grounder:
 
     @torch.no_grad()
     def tokens_of(self, out: MedGLIPOutput, k: int, regions: RegionSet, box: Letterbox) -> RegionTokens:
-        """Region tokens (B = 1) of any boxes on image ``k`` of ``out``, annotations with score 1; then one token for each
+        """Region tokens (B = 1) of any boxes on image ``k`` of ``out``, annotations with score 1; then a token for each
         finding that was looked for and is not among them, with its presence probability for a score."""
         boxes = torch.from_numpy(regions.boxes)
         features = self.model.read_regions(_row(out, k), box.apply(boxes)[None]).features[0]
@@ -304,7 +306,9 @@ def _holder(held: np.ndarray, places: RegionSet, tree: LabelTree) -> int:
     scores = np.ones(len(places)) if places.scores is None else places.scores
     best = int((held * scores).argmax())
     # "insula" never scores below "left insula"; the side is believed where it scores nearly as much.
-    sided = [j for j, x in enumerate(places.labels) if places.labels[best] in tree.broader(x) and held[j] > 0.5 * held[best]]
+    sided = [
+        j for j, x in enumerate(places.labels) if places.labels[best] in tree.broader(x) and held[j] > 0.5 * held[best]
+    ]
     sided = [j for j in sided if scores[j] > 0.5 * scores[best]]
     return max(sided, key=lambda j: held[j] * scores[j], default=best)
 

@@ -43,7 +43,7 @@ class EfficientNetLiteConfig(PretrainedConfig):
 class ConvLayer(nn.Module):
     """Convolution padded as TensorFlow's SAME (the weights were trained so), then ReLU6 or nothing.
 
-    Its batch norm is folded into weight and bias: statistics stay fixed while fine-tuning on small batches, and a result
+    Its batch norm is folded into weight and bias: statistics stay fixed when fine-tuning on small batches, and a result
     must not depend on who else is in the batch."""
 
     def __init__(

@@ -17,7 +17,8 @@ WEIGHTS = {
     "box": 2.0,
     "quality": 0.5,
     "mask": 1.0,
-    "region": 1.0, "edges": 1.0,
+    "region": 1.0,
+    "edges": 1.0,
     "presence": 0.5,
     "modality": 0.1,
     "tree": 0.2,
@@ -26,8 +27,8 @@ WEIGHTS = {
 
 @dataclass
 class Targets:
-    """What is true of a batch. ``boxes`` (B, N, 4); ``valid`` (B, N) bool; ``positive`` (B, N, V) bool: the phrase names
-    the region; ``known`` (B, V) bool: the source labels that phrase exhaustively, so its absence is a negative;
+    """What is true of a batch. ``boxes`` (B, N, 4); ``valid`` (B, N) bool; ``positive`` (B, N, V) bool: the phrase
+    names the region; ``known`` (B, V) bool: the source labels that phrase exhaustively, so its absence is a negative;
     ``masks`` (B, N, h, w) float in [0, 1] and ``has_mask`` (B, N) bool; ``modality`` (B,) int64; ``jittered``
     (B, N, 4): the boxes with noise, for the region encoder; ``narrower`` (pairs, 2): child and parent phrase, is-a."""
 

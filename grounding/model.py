@@ -1,7 +1,7 @@
 """MedGLIP: a dense, one-stage grounding model whose phrases do not see each other.
 
-Dimension key: B images, V phrases, E text-encoder width, D model width, L pyramid locations, P prototypes, M modalities,
-N regions, R region-feature width, h w map size. Boxes are xyxy in [0, 1] of the square model input.
+Dimension key: B images, V phrases, E text-encoder width, D model width, L pyramid locations, P prototypes, M
+modalities, N regions, R region-feature width, h w map size. Boxes are xyxy in [0, 1] of the square model input.
 """
 
 import dataclasses

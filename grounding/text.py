@@ -78,7 +78,9 @@ class PhraseEncoder:
     @torch.no_grad()
     def _embed(self, phrases: Sequence[str]) -> torch.Tensor:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # a flash of a bar for 0.1 s
         if self._model is None:
             self._model = (AutoTokenizer.from_pretrained(self.path), AutoModel.from_pretrained(self.path).eval())
         tokenizer, model = self._model

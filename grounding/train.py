@@ -24,11 +24,11 @@ from accelerate.utils import DistributedType, set_seed
 from tqdm import tqdm
 
 from configs import ConfigError, load_config, save_run_info, write_atomic
+from grounding.calibrate import calibrate
 from grounding.data import Collator, phrase_targets, vocabulary
 from grounding.labels import load_label_tree
 from grounding.losses import losses, total
 from grounding.model import CheckpointError, MedGLIPConfig, build_model, load_checkpoint, save_checkpoint
-from grounding.calibrate import calibrate
 from grounding.store import Store, StoreError, open_store
 from grounding.text import PhraseEncoder
 
@@ -85,10 +85,13 @@ def setup(batch_size: int, seed: int) -> Accelerator:
     """Raises ConfigError where the processes did not join: separate copies would train in silence."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     alone = not torch.accelerator.is_available()
-    # Without these two accelerate leaves CPU processes apart: DeepSpeed needs the gloo backend, DDP has to be told "cpu".
+    # Without these two accelerate leaves CPU processes apart: DeepSpeed needs gloo, DDP has to be told "cpu".
     gloo = [InitProcessGroupKwargs(backend="gloo")] if alone and world > 1 else []
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    accelerator = Accelerator(cpu=alone and not deepspeed, kwargs_handlers=gloo)
+    try:
+        accelerator = Accelerator(cpu=alone and not deepspeed, kwargs_handlers=gloo)
+    except ValueError as error:
+        raise ConfigError(f"{world} processes were launched but cannot join: {error}") from error
     apart = world > 1 and accelerator.distributed_type == DistributedType.NO
     if accelerator.num_processes != world or apart:
         raise ConfigError(

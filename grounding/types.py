@@ -79,7 +79,7 @@ class RegionSet:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form: ``{"image_size", "regions": [{"box", "label", "score"?, "mask"?, "attributes"?}], "queries"}``."""
+        """JSON: ``{"image_size", "regions": [{"box", "label", "score"?, "mask"?, "attributes"?}], "queries"}``."""
         regions: list[dict[str, Any]] = [
             {"box": [round(float(v), 6) for v in box], "label": label}
             for box, label in zip(self.boxes, self.labels, strict=True)

@@ -1,4 +1,4 @@
-"""What several test files stand on: one small store of the embedded brain set, and a way to launch a training command."""
+"""What several test files stand on: a small store of the embedded brain set, and a way to launch a command."""
 
 import os
 import subprocess

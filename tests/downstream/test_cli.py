@@ -15,8 +15,8 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from downstream.brain_qa import build_questions
 from downstream.cli import main
-from grounding.predict import PredictConfig, write_predictions
 from grounding.detect import load_grounder
+from grounding.predict import PredictConfig, write_predictions
 from grounding.store import open_store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,9 @@ def own_image(request, slice_png, tmp_path) -> str:
 def test_ground_ask_and_report_work_on_own_images(own_image, home, tmp_path, capsys):
     common = ("--checkpoint", str(home), "--modality", "mri")
     out, picture = tmp_path / "regions.json", tmp_path / "overlay.png"
-    assert main(["ground", own_image, "lesion", "left insula", *common, "--out", str(out), "--overlay", str(picture)]) == 0
+    assert (
+        main(["ground", own_image, "lesion", "left insula", *common, "--out", str(out), "--overlay", str(picture)]) == 0
+    )
     regions = json.loads(out.read_text())
     assert [query["phrase"] for query in regions["queries"]] == ["lesion", "left insula"]
     assert Image.open(picture).size[0] > 500
@@ -123,7 +125,10 @@ def test_a_radiologists_regions_take_the_detectors_place(slice_png, home, tmp_pa
         (("ground", "{empty}", "lesion"), "empty file"),
         (("ground", "{text}", "lesion"), "not an image"),
         (("ground", "{noise}", "lesion"), "does not look like those this checkpoint was trained on (mri, brain)"),
-        (("ground", "{slice}", "lesion", "--modality", "xray"), "modality 'xray' is not one this checkpoint was trained on"),
+        (
+            ("ground", "{slice}", "lesion", "--modality", "xray"),
+            "modality 'xray' is not one this checkpoint was trained on",
+        ),
         (("ground", "{slice}", "lesion", "--modality", "sonar"), "modality 'sonar' is not a modality; it knows: mri"),
         (("ground", "{slice}", "pneumonia", "--modality", "mri"), "phrase 'pneumonia' is unknown to this checkpoint"),
         (("ground", "{slice}", "", "--modality", "mri"), "empty phrase"),
@@ -135,7 +140,12 @@ def test_a_radiologists_regions_take_the_detectors_place(slice_png, home, tmp_pa
     ],
 )
 def test_bad_input_is_one_line(arguments, says, home, slice_png, tmp_path, capsys):
-    files = {"slice": slice_png, "empty": tmp_path / "empty.png", "text": tmp_path / "text.png", "noise": tmp_path / "n.png"}
+    files = {
+        "slice": slice_png,
+        "empty": tmp_path / "empty.png",
+        "text": tmp_path / "text.png",
+        "noise": tmp_path / "n.png",
+    }
     files["empty"].write_bytes(b"")
     files["text"].write_text("this is no picture")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(files["noise"])

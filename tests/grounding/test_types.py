@@ -87,7 +87,12 @@ def test_region_tokens_survive_the_disk(tmp_path):
     tokens = some_tokens(3, images=2)
     save_region_tokens(tmp_path / "t.safetensors", ["a", "b"], tokens, {"checkpoint": "abc"})
     ids, again, meta = load_region_tokens(tmp_path / "t.safetensors")
-    assert (ids, meta, again.labels, again.queries) == (["a", "b"], {"checkpoint": "abc"}, tokens.labels, tokens.queries)
+    assert (ids, meta, again.labels, again.queries) == (
+        ["a", "b"],
+        {"checkpoint": "abc"},
+        tokens.labels,
+        tokens.queries,
+    )
     for name in RegionTokens.TENSORS:
         assert torch.equal(getattr(again, name), getattr(tokens, name))
 
