@@ -4,6 +4,7 @@ Dimension key: B images, N regions, D feature width, E label-vector width, W wid
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from grounding.types import NOT_FOUND_LEVEL, RegionTokens
 
 BOX_OCTAVES = 6
+RIDGE = 1e-6
 BOX_CODE = 4 * (1 + 2 * BOX_OCTAVES)
 
 
@@ -27,14 +29,33 @@ class ProjectorConfig:
     hidden: int = 512
 
 
+class Standardise(nn.Module):
+    """(x - mean) / deviation by dimension, of the training regions. Features and label vectors share a large common
+    part; what tells them apart is small beside it, and a fresh layer would hardly see it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+
+    def fit(self, rows: torch.Tensor) -> None:
+        """rows (n, width)."""
+        self.mean.copy_(rows.mean(0))
+        self.deviation.copy_(rows.std(0, correction=0).clamp(min=1e-4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.mean) / self.deviation
+
+
 class RegionProjector(nn.Module):
-    """An MLP over all that is known of a region; each kind of evidence has its own input map, and they are added."""
+    """An MLP over all that is known of a region, each kind of evidence with its own input map, beside a linear map from
+    the label vector to what the language model makes of the label's words."""
 
     def __init__(self, config: ProjectorConfig):
         super().__init__()
         self.config = config
-        self.feature = nn.Sequential(nn.LayerNorm(config.feature_dim), nn.Linear(config.feature_dim, config.hidden))
-        self.label = nn.Sequential(nn.LayerNorm(config.label_dim), nn.Linear(config.label_dim, config.hidden))
+        self.feature = nn.Sequential(Standardise(config.feature_dim), nn.Linear(config.feature_dim, config.hidden))
+        self.label = nn.Sequential(Standardise(config.label_dim), nn.Linear(config.label_dim, config.hidden))
         self.box = nn.Linear(BOX_CODE + 1, config.hidden)
         self.level = nn.Embedding(NOT_FOUND_LEVEL + 1, config.hidden)
         self.slot = nn.Embedding(config.slots, config.hidden)
@@ -44,6 +65,7 @@ class RegionProjector(nn.Module):
             nn.GELU(),
             nn.Linear(2 * config.hidden, config.width),
         )
+        self.words = nn.Linear(config.label_dim, config.width, bias=False)
         self.out = nn.RMSNorm(config.width, eps=1e-6)
 
     def forward(self, regions: RegionTokens) -> torch.Tensor:
@@ -56,8 +78,23 @@ class RegionProjector(nn.Module):
         slots = torch.arange(regions.valid.shape[1], device=regions.valid.device)
         hidden = self.feature(regions.features) + self.label(regions.label_vectors) + self.box(geometry)
         hidden = hidden + self.level(regions.levels) + self.slot(slots)
-        rows = self.out(self.mlp(hidden)) * self.config.scale
+        rows = self.out(self.words(regions.label_vectors) + self.mlp(hidden)) * self.config.scale
         return rows * regions.valid[..., None]
+
+    @torch.no_grad()
+    def fit(self, regions: RegionTokens, words: Mapping[str, torch.Tensor]) -> None:
+        """Set from the training regions before training: what features and label vectors are measured by, and the map
+        from label vectors to ``words``, label → mean input embedding (W) of its words. So a region is read as its
+        label from the first step, and one with an unseen label as something near."""
+        real = regions.valid & (regions.levels != NOT_FOUND_LEVEL)
+        self.feature[0].fit(regions.features[real])
+        self.label[0].fit(regions.label_vectors[regions.valid])
+        places = {label: (b, n) for b, row in enumerate(regions.labels) for n, label in enumerate(row)}
+        known = sorted(label for label in places if label in words)
+        x = torch.stack([regions.label_vectors[places[label]] for label in known]).double()
+        y = torch.stack([words[label] / words[label].pow(2).mean().sqrt() for label in known]).double()
+        gram = x @ x.T + RIDGE * torch.eye(len(x), dtype=torch.float64)  # ridge regression in its dual form
+        self.words.weight.copy_((x.T @ torch.linalg.solve(gram, y)).T)
 
     def _check(self, regions: RegionTokens) -> None:
         n, d, e = regions.valid.shape[1], regions.features.shape[-1], regions.label_vectors.shape[-1]

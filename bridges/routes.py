@@ -20,25 +20,40 @@ LONGEST_PHRASE = 8  # words
 
 
 def labels_in(question: str, tree: LabelTree) -> frozenset[str]:
-    """Ids of all labels that a question names: every run of words that the label tree knows."""
+    """Ids of all labels that a question names: the longest runs of words that the label tree knows, and each finding
+    named in each place named ("Does the left insula contain a lesion?" asks for a left insula lesion)."""
     words = normalise(question).split()
-    runs = (
-        " ".join(words[start:end])
-        for start in range(len(words))
-        for end in range(start + 1, min(len(words), start + LONGEST_PHRASE) + 1)
-    )
-    return frozenset(label for label in map(tree.find, runs) if label)
+    known: dict[tuple[int, int], str] = {}
+    for start in range(len(words)):
+        for end in range(start + 1, min(len(words), start + LONGEST_PHRASE) + 1):
+            label = tree.find(" ".join(words[start:end]))
+            if label:
+                known[start, end] = label
+    longest = {x for (a, b), x in known.items() if not any(c <= a and b <= d and (c, d) != (a, b) for c, d in known)}
+    leaves = {label.rsplit("/", 1)[1] for label in longest if tree.is_finding(label)}
+    attached = {f"{place}/{leaf}" for place in longest for leaf in leaves}
+    return frozenset(longest | (attached & set(tree.nodes)))
 
 
-def pick(tokens: RegionTokens, row: int, named: Iterable[str], tree: LabelTree, k: int) -> RegionTokens:
+def pick(
+    tokens: RegionTokens,
+    row: int,
+    named: Iterable[str],
+    tree: LabelTree,
+    k: int,
+    vocabulary: Mapping[str, torch.Tensor],
+) -> RegionTokens:
     """The K regions of image `row` that go into a prompt, as a batch of one, padded to (1, K) with valid = False.
 
+    A finding that the question names and that is not among the regions takes a slot as well: looked for, not found.
+    `vocabulary`: label → label vector (E) of what could have been found.
     Chosen in this order: labels that the question names (found or not), findings, other regions, other labels that were
     looked for and not found; each by falling score. Then laid out: findings from the largest box to the smallest, other
     regions, not found; so `[rK]` of a report's largest lesion is `[r0]`. Ties keep the order of the file. `queries` are
     those of the named labels.
     """
     named = frozenset(named)
+    tokens, row = _with_missing(tokens.rows([row]), named, tree, vocabulary), 0
     labels, scores = tokens.labels[row], tokens.scores[row].tolist()
     found = (tokens.levels[row] != NOT_FOUND_LEVEL).tolist()
     boxes = tokens.boxes[row]
@@ -55,6 +70,28 @@ def pick(tokens: RegionTokens, row: int, named: Iterable[str], tree: LabelTree, 
     chosen = sorted(torch.nonzero(tokens.valid[row]).flatten().tolist(), key=rank)[:k]
     asked = [query for query in tokens.queries[row] if query.get("label") in named]
     return _slots(tokens, row, sorted(chosen, key=place), k, asked)
+
+
+def _with_missing(
+    tokens: RegionTokens, named: frozenset[str], tree: LabelTree, vocabulary: Mapping[str, torch.Tensor]
+) -> RegionTokens:
+    """`tokens` of one image, and a row "not found" for each finding that is named, known and not there."""
+    there = {label for label in tokens.labels[0] if label}
+    there |= {wider for label in there if label in tree.nodes for wider in tree.broader(label)}
+    missing = [x for x in sorted(named) if x in vocabulary and tree.is_finding(x) and x not in there]
+    if not missing:
+        return tokens
+    n = len(missing)
+    empty_rows = {
+        name: getattr(tokens, name).new_zeros(1, n, *getattr(tokens, name).shape[2:]) for name in tokens.TENSORS
+    }
+    empty_rows["label_vectors"][0] = torch.stack([vocabulary[label] for label in missing])
+    empty_rows["levels"][:], empty_rows["valid"][:] = NOT_FOUND_LEVEL, True
+    return RegionTokens(
+        **{name: torch.cat([getattr(tokens, name), rows], 1) for name, rows in empty_rows.items()},
+        labels=[tokens.labels[0] + missing],
+        queries=tokens.queries,
+    )
 
 
 def _slots(tokens: RegionTokens, row: int, chosen: Sequence[int], k: int, queries: list[dict]) -> RegionTokens:

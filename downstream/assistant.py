@@ -10,7 +10,7 @@ from downstream.prompts import REPORT_QUESTION
 from downstream.sources import RegionSource, TokenTable
 from grounding.detect import Detection, Grounder, load_grounder
 from grounding.images import MedicalImage, read_image, to_pixel_values
-from grounding.types import RegionSet, read_regions
+from grounding.types import RegionSet, RegionTokens, read_regions
 
 NOTICE = "Research use only; not a medical device."
 IMAGE = "image"
@@ -82,11 +82,14 @@ class Assistant:
     def _source(self, image: MedicalImage, modality: str | None, regions: Path | None):
         if regions is None:
             seen = look(self.grounder, image, modality)
-            return RegionSource(TokenTable({IMAGE: 0}, seen.tokens, self.grounder.hash)), seen.candidates.queries
+            return self._table(seen.tokens, self.grounder.hash), seen.candidates.queries
         self.grounder.check_modality(modality or image.modality)
         given = _only(read_regions(regions), regions)
         tokens = self.grounder.given([image.pixels], [given])[0]
-        return RegionSource(TokenTable({IMAGE: 0}, tokens, None)), given.queries
+        return self._table(tokens, None), given.queries
+
+    def _table(self, tokens: RegionTokens, detector: str | None) -> RegionSource:
+        return RegionSource(TokenTable({IMAGE: 0}, tokens, detector, self.grounder.label_table()))
 
     def _say(self, image: MedicalImage, source: RegionSource, question: str):
         pixels, _ = to_pixel_values(image.pixels, self.answerer.base.image_size)

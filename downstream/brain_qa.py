@@ -125,6 +125,12 @@ def size_text(diameter: float) -> str:
     return f"{max(5, int(diameter / 5 + 0.5) * 5)} mm"
 
 
+def describe(lesion: LesionView) -> str:
+    """ "15 mm, bright, ring-shaped, round, sharp"."""
+    looks = [WORDS.get(value, value) for value in lesion.attributes.values()]
+    return ", ".join([size_text(lesion.diameter), *looks])
+
+
 def report_text(
     regions: RegionSet, citations: Mapping[int, int] | None = None, spacing: tuple[float, float] | None = None
 ) -> tuple[str, str]:

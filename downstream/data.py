@@ -1,24 +1,27 @@
 """What a bridge is trained on, batch by batch, and how samples and images are read for it and for prediction."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from bridges.routes import labels_in
-from downstream.citations import cite
+from downstream.brain_qa import describe, lesions_of
+from downstream.citations import cite, found_slots
 from downstream.embedded import Base
-from downstream.prompts import REPORT_QUESTION, Batch, Prompt, build_prompt, collate, report_text
+from downstream.prompts import LIST_QUESTION, REPORT_QUESTION, Batch, Prompt, build_prompt, collate, report_text
 from downstream.samples import ReportSample, VQASample, read_questions, read_reports
 from downstream.sources import RegionSource, TokenTable
+from grounding.boxes import pairwise_iou
 from grounding.images import read_image, to_pixel_values
 from grounding.labels import LabelTree
 from grounding.store import open_store
-from grounding.types import GroundingSample
+from grounding.types import GroundingSample, RegionTokens
 
 Sample = VQASample | ReportSample
+LISTED = 4  # regions of an alignment answer: the findings come first
 
 
 def question_of(sample: Sample) -> str:
@@ -60,6 +63,7 @@ class DataConfig(Protocol):
     region_dropout: float
     feature_dropout: float
     limit: int | None
+    align_steps: int
 
 
 def plan_epoch(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -79,8 +83,28 @@ def plan_epoch(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -
     return batches
 
 
+def list_regions(slots: RegionTokens, record: GroundingSample, tree: LabelTree) -> str:
+    """The answer to `LIST_QUESTION`: the first regions of a prompt by name, in order; of a finding that is annotated
+    (IoU at least 0.5), its size and looks as well. "none" without regions."""
+    lesions = lesions_of(record.regions, record.spacing)
+    truth = torch.from_numpy(record.regions.boxes[[lesion.index for lesion in lesions]])
+    said = []
+    for k in found_slots(slots)[:LISTED]:
+        label = slots.labels[0][k]
+        name = tree.phrase(label) if label in tree.nodes else label
+        overlap = pairwise_iou(slots.boxes[0][[k]], truth)[0]
+        if label in tree.nodes and tree.is_finding(label) and len(truth) and overlap.max() >= 0.5:
+            name += f", {describe(lesions[int(overlap.argmax())])}"
+        said.append(name)
+    return "; ".join(said) or "none"
+
+
 class TrainingData:
-    """Questions and reports of one folder with their images and regions; `batch(number)` is the number-th of all."""
+    """Questions and reports of one folder with their images and regions; `batch(number)` is the number-th of all.
+
+    The first `align_steps` batches of a process name the regions of a prompt instead: an answer to a question holds a
+    word or two, and a bridge would learn from thousands of them what it learns from some hundred lists.
+    """
 
     def __init__(self, config: DataConfig, base: Base, tree: LabelTree, tables: Mapping[str, TokenTable]):
         self.config, self.base, self.tree, self.tables = config, base, tree, tables
@@ -95,8 +119,22 @@ class TrainingData:
         self.lengths = [len(question_of(sample)) + len(answer_of(sample)) for sample in self.samples]
         self._epoch, self._plan = -1, []
 
-    def batch(self, number: int) -> tuple[torch.Tensor, Batch]:
-        """(pixel_values (B, 3, S, S), prompts with answers)."""
+    def batch(self, step: int, world: int = 1, rank: int = 0) -> tuple[torch.Tensor, Batch]:
+        """(pixel_values (B, 3, S, S), prompts with answers) of one process at a step."""
+        number, align = step * world + rank, self.config.align_steps * world
+        examples = self._lists(number) if number < align else self._examples(number - align)
+        pixels, prompts = zip(*examples, strict=True)
+        return torch.stack(pixels), collate(prompts, self.base.tokenizer.pad_token_id)
+
+    def _lists(self, number: int) -> Iterator[tuple[torch.Tensor, Prompt]]:
+        config, rng = self.config, random.Random(f"{self.config.seed}/lists/{number}")
+        for image_id in rng.choices(self.store.image_ids, k=config.batch_size):
+            source = RegionSource(self.tables["annotated" if rng.random() < config.annotated_share else "predicted"])
+            slots, record = source.slots(image_id, frozenset(), self.tree, config.k), self.store.by_id(image_id)
+            answer = list_regions(slots, record, self.tree)
+            yield pixels_of(record, self.base), self._prompt(LIST_QUESTION, slots, record, answer)
+
+    def _examples(self, number: int) -> Iterator[tuple[torch.Tensor, Prompt]]:
         per_epoch = len(self._plan) or len(plan_epoch(self.lengths, self.config.batch_size, self.config.seed, 0))
         epoch, place = divmod(number, per_epoch)
         if epoch != self._epoch:
@@ -104,8 +142,11 @@ class TrainingData:
             self._plan = plan_epoch(self.lengths, self.config.batch_size, self.config.seed, epoch)
         rng = random.Random(f"{self.config.seed}/regions/{number}")
         samples = [self.samples[i] for i in self._plan[place]]
-        pixels, prompts = zip(*(self._example(sample, rng) for sample in samples), strict=True)
-        return torch.stack(pixels), collate(prompts, self.base.tokenizer.pad_token_id)
+        yield from (self._example(sample, rng) for sample in samples)
+
+    def _prompt(self, question: str, slots: RegionTokens, record: GroundingSample, answer: str) -> Prompt:
+        route, longest = self.config.route, self.config.max_answer
+        return build_prompt(self.base, question, slots, route, self.tree, extent_mm(record), answer, longest)
 
     def _example(self, sample: Sample, rng: random.Random) -> tuple[torch.Tensor, Prompt]:
         config, image_id, question = self.config, image_of(sample), question_of(sample)
@@ -118,7 +159,4 @@ class TrainingData:
         answer = answer_of(sample)
         if isinstance(sample, ReportSample) and config.route != "none" and sample.findings:
             answer = answer.replace(sample.findings, cite(sample.findings, slots, self.tree), 1)
-        prompt = build_prompt(
-            self.base, question, slots, config.route, self.tree, extent_mm(record), answer, config.max_answer
-        )
-        return pixels_of(record, self.base), prompt
+        return pixels_of(record, self.base), self._prompt(question, slots, record, answer)

@@ -119,14 +119,15 @@ def run(out: Path, full: bool, config_path: Path | None, overrides: list[str]) -
     console.print(f"Med-GLIP demo: {path.name}, seed {config.seed}, results in {out}")
     console.print("Generated lesions on slices of MRI templates. Research use only; not a medical device.\n")
     stages = Stages(out, config)
+    grounder_keys = ("train_images", "seed", "grounder_steps", "grounder_batch", "trunk")
+    region_keys = (*grounder_keys, "test_images")
     data_keys = ("train_images", "test_images", "train_questions", "train_reports", "questions", "reports", "seed")
-    grounder_keys = (*data_keys, "grounder_steps", "grounder_batch", "trunk")
-    bridge_keys = (*grounder_keys, "bridge_steps", "bridge_batch", "base", "max_answer")
+    bridge_keys = (*grounder_keys, *data_keys, "bridge_steps", "bridge_batch", "base", "max_answer")
     if config.base == "embedded":
         stages.run("weights", "Language model weights", (), lambda folder: _weights(folder))
     data = stages.run("data", "Images, questions and reports", data_keys, lambda folder: build_data(folder, config))
     grounder = stages.run("grounder", "Train the grounding model", grounder_keys, lambda f: _ground(f, data, config))
-    regions = stages.run("regions", "Find regions", grounder_keys, lambda f: _regions(f, data, grounder))
+    regions = stages.run("regions", "Find regions", region_keys, lambda f: _regions(f, data, grounder))
     for route in config.routes:
         stages.run(route, f"Train route {route}", bridge_keys, lambda f, r=route: _bridge(f, r, data, regions, config))
     answers = stages.run("answers", "Answer and report", (*bridge_keys, "systems"), lambda f: _answers(f, out, config))
@@ -221,6 +222,7 @@ def _bridge(folder: Path, route: str, data: Path, regions: Path, config: DemoCon
         "out": folder,
         "base": config.base,
         "steps": config.bridge_steps,
+        "align_steps": config.bridge_steps // 5,
         "batch_size": config.bridge_batch,
         "max_answer": config.max_answer,
         "seed": config.seed,

@@ -18,6 +18,7 @@ from grounding.labels import LabelTree
 from grounding.types import RegionTokens, stack_region_tokens
 
 REPORT_QUESTION = "Write a report."
+LIST_QUESTION = "List the regions."
 IGNORED = -100  # label of tokens that the loss leaves out
 
 

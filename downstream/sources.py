@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from bridges.routes import SOURCES, empty, features_zero, pick, shuffled
 from grounding.labels import LabelTree
 from grounding.types import RegionError, RegionTokens, load_region_tokens
@@ -18,6 +20,7 @@ class TokenTable:
     rows: dict[str, int]
     tokens: RegionTokens
     detector: str | None
+    vocabulary: Mapping[str, torch.Tensor]
 
     def row(self, image_id: str) -> int:
         """Raises RegionError where the file has no such image."""
@@ -28,8 +31,9 @@ class TokenTable:
 
 def read_table(path: str | Path) -> TokenTable:
     """Read a region-token file. Raises RegionError where it is missing or another kind of file."""
-    image_ids, tokens, meta = load_region_tokens(Path(path))
-    return TokenTable({image_id: k for k, image_id in enumerate(image_ids)}, tokens, meta.get("checkpoint"))
+    image_ids, tokens, meta, vocabulary = load_region_tokens(Path(path))
+    rows = {image_id: k for k, image_id in enumerate(image_ids)}
+    return TokenTable(rows, tokens, meta.get("checkpoint"), vocabulary)
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class RegionSource:
     def slots(self, image_id: str, named: frozenset[str], tree: LabelTree, k: int) -> RegionTokens:
         """The K slots (a batch of one) for a question about `image_id` that names the labels `named`."""
         image_id = image_id if self.partner is None else self.partner[image_id]
-        chosen = pick(self.table.tokens, self.table.row(image_id), named, tree, k)
+        chosen = pick(self.table.tokens, self.table.row(image_id), named, tree, k, self.table.vocabulary)
         chosen = empty(chosen) if self.is_empty else chosen
         return features_zero(chosen) if self.features == "zero" else chosen
 

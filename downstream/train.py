@@ -10,7 +10,6 @@ route, and after a resume.
 
 import argparse
 import json
-import math
 import shutil
 import sys
 import time
@@ -25,13 +24,14 @@ from transformers.integrations import unset_hf_deepspeed_config
 from bridges.projector import ProjectorConfig
 from bridges.region_vlm import BridgeConfig, RegionVLM, embedding_scale
 from bridges.routes import ROUTES
-from configs import load_config, save_run_info, write_atomic
+from configs import load_config, save_run_info
 from downstream.data import TrainingData
 from downstream.embedded import Base, BaseModelError, load_base
 from downstream.prompts import IGNORED, Batch
 from downstream.sources import TokenTable, read_table
-from grounding.labels import load_label_tree
-from grounding.train import setup
+from grounding.labels import LabelTree, load_label_tree
+from grounding.train import cut_log, learning_rate, setup
+from grounding.types import RegionTokens
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -42,6 +42,7 @@ class TrainConfig:
 
     A sample gets its annotated regions with probability `annotated_share`, else the predicted ones; none at all with
     `region_dropout`; their features are zeroed with `feature_dropout`, so that both controls are familiar at the test.
+    Of `steps`, the first `align_steps` train lists of regions (see `TrainingData`), the others questions and reports.
     `batch_size` is a process's. `limit`: that many questions and reports at most. `lr` is LoRA's, `bridge_lr` that of
     the two projectors. `precision`: fp32, bf16 (products in bfloat16; all weights stay float32), or auto, which takes
     bf16 where the hardware is faster at it.
@@ -54,16 +55,17 @@ class TrainConfig:
     base: str = "embedded"
     route: str = "tokens"
     k: int = 8
-    steps: int = 600
+    steps: int = 400
+    align_steps: int = 80
     batch_size: int = 8
-    lr: float = 5e-4
-    bridge_lr: float = 1e-3
+    lr: float = 1e-3
+    bridge_lr: float = 2e-3
     weight_decay: float = 0.01
     warmup: int = 30
     clip: float = 1.0
     seed: int = 0
     lora_r: int = 16
-    lora_layers: int | None = 8
+    lora_layers: int | None = None
     max_answer: int = 160
     annotated_share: float = 0.5
     region_dropout: float = 0.1
@@ -80,14 +82,6 @@ class TrainConfig:
             raise ValueError(f"precision={self.precision!r}; known: {', '.join(PRECISIONS)}")
         if min(self.steps, self.batch_size, self.k, self.max_answer) < 1:
             raise ValueError("steps, batch_size, k and max_answer must be positive")
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Share of the full rate: linear warm-up, then a cosine to 2 %."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return 0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2
 
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -152,7 +146,7 @@ def computes_in_bf16(accelerator: Accelerator, precision: str) -> bool:
     return precision == "bf16" or (fast if accelerator.device.type == "cpu" else torch.cuda.is_bf16_supported())
 
 
-def build_vlm(config: TrainConfig, base: Base, table: TokenTable) -> RegionVLM:
+def build_vlm(config: TrainConfig, base: Base, tree: LabelTree, table: TokenTable) -> RegionVLM:
     """A fresh bridge on `base`, the same for the same seed."""
     torch.manual_seed(config.seed)
     projector = ProjectorConfig(
@@ -162,10 +156,21 @@ def build_vlm(config: TrainConfig, base: Base, table: TokenTable) -> RegionVLM:
         scale=embedding_scale(base.model),
         slots=max(32, config.k),
     )
-    return RegionVLM(
+    vlm = RegionVLM(
         base.model,
         BridgeConfig(base.name, base.fingerprint, base.region_token_id, projector, config.lora_r, config.lora_layers),
     )
+    vlm.projector.fit(table.tokens, label_words(base, tree, table.tokens))
+    return vlm
+
+
+def label_words(base: Base, tree: LabelTree, tokens: RegionTokens) -> dict[str, torch.Tensor]:
+    """Each label of `tokens` → the mean input embedding (W) of its words in the language model."""
+    embeddings = base.model.get_input_embeddings().weight.detach()
+    labels = {label for row in tokens.labels for label in row if label}
+    phrases = {label: tree.phrase(label) if label in tree.nodes else label for label in labels}
+    ids = {x: base.tokenizer(f" {phrase}", add_special_tokens=False)["input_ids"] for x, phrase in phrases.items()}
+    return {label: embeddings[row].mean(0) for label, row in ids.items()}
 
 
 def fit(accelerator: Accelerator, config: TrainConfig) -> None:
@@ -176,8 +181,9 @@ def fit(accelerator: Accelerator, config: TrainConfig) -> None:
     with accelerator.main_process_first():
         base = load_base(config.base)
     tables = {"predicted": read_table(config.predicted), "annotated": read_table(config.annotated)}
-    data = TrainingData(config, base, load_label_tree(), tables)
-    vlm = build_vlm(config, base, tables["predicted"])
+    tree = load_label_tree()
+    data = TrainingData(config, base, tree, tables)
+    vlm = build_vlm(config, base, tree, tables["annotated"])
     lora = [p for name, p in vlm.named_parameters() if "lora_" in name]
     bridge = [p for name, p in vlm.named_parameters() if p.requires_grad and "lora_" not in name]
     rates = (config.lr, config.bridge_lr)
@@ -188,7 +194,7 @@ def fit(accelerator: Accelerator, config: TrainConfig) -> None:
     bf16 = computes_in_bf16(accelerator, config.precision)
     start = resume_step(accelerator, config.out) if config.resume else 0
     if accelerator.is_main_process:
-        _cut_log(config.out, start)
+        cut_log(config.out / "train_log.jsonl", start)
     world, rank = accelerator.num_processes, accelerator.process_index
     lengths: list[int] = []
     quiet, title = not accelerator.is_main_process, f"route {config.route}"
@@ -196,8 +202,8 @@ def fit(accelerator: Accelerator, config: TrainConfig) -> None:
     for step in range(start, config.steps):
         began = time.perf_counter()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * learning_rate(step, config)
-        pixels, batch = data.batch(step * world + rank)
+            group["lr"] = rate * learning_rate(step, config.steps, config.warmup)
+        pixels, batch = data.batch(step, world, rank)
         lengths += batch.inputs["attention_mask"].sum(1).tolist()
         pixels, batch = pixels.to(accelerator.device), batch.to(accelerator.device)
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
@@ -224,13 +230,6 @@ def fit(accelerator: Accelerator, config: TrainConfig) -> None:
         tokens = {"mean": sum(lengths) / len(lengths), "max": max(lengths)} if lengths else None
         save_run_info(config, config.out, processes=world, bf16=bf16, samples=len(data.samples), tokens_attended=tokens)
     accelerator.wait_for_everyone()
-
-
-def _cut_log(out: Path, start: int) -> None:
-    """Keep the rows before step `start`: later ones belong to steps that are done again."""
-    log = out / "train_log.jsonl"
-    rows = log.read_text().splitlines(keepends=True) if log.exists() and start else []
-    write_atomic(log, "".join(row for row in rows if json.loads(row)["step"] < start))
 
 
 def _log(out: Path, row: dict) -> None:

@@ -38,7 +38,7 @@ def calibrate(model: MedGLIP, samples: Sequence[GroundingSample]) -> tuple[MedGL
         pooled.append(F.normalize(out.pooled[0], dim=0))
     familiar = torch.stack(pooled).detach()
     likeness = familiar @ familiar.T - 2 * torch.eye(len(familiar))
-    limit = 1 - 3 * (1 - float(likeness.max(1).values.min())) if len(familiar) > 1 else 0.0
+    limit = 1 - 2 * (1 - float(likeness.max(1).values.min())) if len(familiar) > 1 else 0.0
     config = dataclasses.replace(
         model.config,
         thresholds={label: _best_threshold(rows[label], missed[label]) for label in rows},

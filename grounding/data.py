@@ -71,6 +71,17 @@ def narrower_pairs(targets: Sequence[PhraseTarget], tree: LabelTree) -> torch.Te
     return torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
 
 
+def sibling_groups(targets: Sequence[PhraseTarget], tree: LabelTree) -> list[list[int]]:
+    """Phrases of which one region has at most one: the values of an attribute, the sides of a place or finding."""
+    groups: dict[tuple, list[int]] = {}
+    for k, target in enumerate(targets):
+        if target.attribute:
+            groups.setdefault((target.label, target.attribute[0]), []).append(k)
+        elif tree.laterality(target.label):
+            groups.setdefault((tree.broader(target.label)[0],), []).append(k)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def _names(label: str, values: dict, target: PhraseTarget, tree: LabelTree) -> bool:
     fits = target.label == label or target.label in tree.broader(label)
     return fits and (target.attribute is None or values.get(target.attribute[0]) == target.attribute[1])
@@ -95,6 +106,7 @@ class Collator:
     def __init__(self, targets: Sequence[PhraseTarget], tree: LabelTree, image_size: int, seed: int):
         self.targets, self.tree, self.image_size = targets, tree, image_size
         self.narrower = narrower_pairs(targets, tree)
+        self.siblings = sibling_groups(targets, tree)
         self.seed = seed
         self._rows: dict[tuple, list[bool]] = {}
 
@@ -120,6 +132,7 @@ class Collator:
             known=known,
             modality=modality,
             narrower=self.narrower,
+            siblings=self.siblings,
         )
         return torch.stack(pixels), texts, targets
 

@@ -227,6 +227,14 @@ class Grounder:
         texts = [self.tree.phrase(x) if x in self.tree.nodes else x for x in labels]
         return F.normalize(self.model.encode_phrases(self.encoder.encode(texts)), dim=-1)
 
+    def label_table(self) -> dict[str, torch.Tensor]:
+        """Label → label vector (D) of every label that a region of this checkpoint can have, attached findings too."""
+        places = [label for label in self.config.vocabulary if not self.tree.is_finding(label)]
+        leaves = {label.rsplit("/", 1)[1] for label in self.config.vocabulary if self.tree.is_finding(label)}
+        attached = [f"{place}/{leaf}" for place in places for leaf in leaves if f"{place}/{leaf}" in self.tree.nodes]
+        labels = list(dict.fromkeys([*self.config.vocabulary, *attached]))
+        return dict(zip(labels, self.label_vectors(labels), strict=True))
+
     @torch.no_grad()
     def given(self, images: Sequence[np.ndarray], regions: Sequence[RegionSet]) -> list[RegionTokens]:
         """Region tokens of regions from elsewhere: annotations, another program, a radiologist."""
@@ -248,7 +256,7 @@ def load_grounder(checkpoint: Path) -> Grounder:
 def _row(out: MedGLIPOutput, k: int) -> MedGLIPOutput:
     """The maps of image ``k`` alone, as ``read_regions`` reads them."""
     return dataclasses.replace(
-        out, fine=out.fine[k : k + 1], coarse=out.coarse[k : k + 1], prompted=out.prompted[k : k + 1]
+        out, detail=out.detail[k : k + 1], coarse=out.coarse[k : k + 1], prompted=out.prompted[k : k + 1]
     )
 
 

@@ -18,6 +18,7 @@ WEIGHTS = {
     "quality": 0.5,
     "mask": 1.0,
     "region": 1.0,
+    "contrast": 0.4,
     "edges": 1.0,
     "presence": 0.5,
     "modality": 0.1,
@@ -30,7 +31,8 @@ class Targets:
     """What is true of a batch. ``boxes`` (B, N, 4); ``valid`` (B, N) bool; ``positive`` (B, N, V) bool: the phrase
     names the region; ``known`` (B, V) bool: the source labels that phrase exhaustively, so its absence is a negative;
     ``masks`` (B, N, h, w) float in [0, 1] and ``has_mask`` (B, N) bool; ``modality`` (B,) int64; ``jittered``
-    (B, N, 4): the boxes with noise, for the region encoder; ``narrower`` (pairs, 2): child and parent phrase, is-a."""
+    (B, N, 4): the boxes with noise, for the region encoder; ``narrower`` (pairs, 2): child and parent phrase, is-a;
+    ``siblings``: groups of phrases of which at most one names a region, such as "bright lesion" and "dark lesion"."""
 
     boxes: torch.Tensor
     jittered: torch.Tensor
@@ -41,9 +43,11 @@ class Targets:
     has_mask: torch.Tensor
     modality: torch.Tensor
     narrower: torch.Tensor
+    siblings: list[list[int]]
 
     def to(self, device: torch.device) -> "Targets":
-        return Targets(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Targets(**{name: c.to(device) if isinstance(c, torch.Tensor) else c for name, c in columns.items()})
 
 
 def assign(boxes: torch.Tensor, valid: torch.Tensor, image_size: int, candidates: int = 9) -> torch.Tensor:
@@ -106,6 +110,21 @@ def _tie(logits: torch.Tensor, narrower: torch.Tensor) -> torch.Tensor:
     return F.relu(logits[..., narrower[:, 0]].sigmoid() - logits[..., narrower[:, 1]].sigmoid()).mean()
 
 
+def _contrast(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Softmax cross-entropy within each group of siblings, over the regions that one of them names; logits (B, N, V).
+
+    Side, brightness or margin are few of all (region, phrase) pairs, and would drown in a sum over them.
+    """
+    losses = [logits.sum() * 0]
+    for group in targets.siblings:
+        truth = targets.positive[..., group]
+        named = targets.valid & (truth.sum(-1) == 1)
+        if named.any():
+            answer = truth[named].float().argmax(-1)
+            losses.append(F.cross_entropy(logits[..., group][named], answer, reduction="mean"))
+    return torch.stack(losses).sum()
+
+
 def _mask_loss(out: MedGLIPOutput, targets: Targets, image: torch.Tensor, location: torch.Tensor, region: torch.Tensor):
     """Binary cross-entropy inside the region's box, plus Dice (V-Net, Milletari et al., 2016), over positives."""
     keep = targets.has_mask[image, region]
@@ -151,6 +170,7 @@ def losses(out: MedGLIPOutput, targets: Targets, image_size: int) -> dict[str, t
         "mask": _mask_loss(out, targets, image, location, region),
         "edges": (1 - generalised_iou(out.regions.boxes, targets.boxes))[targets.valid].mean(),
         "region": _balanced(out.regions.logits, targets.positive.float(), region_known),
+        "contrast": _contrast(out.regions.logits, targets),
         "presence": _balanced(out.presence, present.float(), targets.known | present),
         "modality": F.cross_entropy(out.modality, targets.modality),
         "tree": _tie(out.logits, targets.narrower) * 10 + _tie(out.presence, targets.narrower),

@@ -59,7 +59,7 @@ class MedGLIPOutput:
     """``logits`` (B, L, V) region–phrase alignment, ``boxes`` (B, L, 4), ``quality`` (B, L) logit of the box's IoU,
     ``coefficients`` (B, L, P) and ``prototypes`` (B, P, h, w): mask logit = coefficients · prototypes,
     ``presence`` (B, V) logit of "is it there", ``modality`` (B, M) logits, ``pooled`` (B, C) trunk summary,
-    ``fine`` (B, D/2, h, w) and ``coarse`` (B, D, h/2, w/2) maps and ``prompted`` (B, V, D) phrases, from which
+    ``detail`` (B, D/2 + C, h, w) and ``coarse`` (B, D, h/2, w/2) maps and ``prompted`` (B, V, D) phrases, from which
     ``MedGLIP.read_regions`` reads any box; ``regions`` is its answer for the boxes passed to forward, else None."""
 
     logits: torch.Tensor
@@ -70,7 +70,7 @@ class MedGLIPOutput:
     presence: torch.Tensor
     modality: torch.Tensor
     pooled: torch.Tensor
-    fine: torch.Tensor
+    detail: torch.Tensor
     coarse: torch.Tensor
     prompted: torch.Tensor
     regions: "RegionOutput | None" = None
@@ -174,14 +174,14 @@ class DenseHead(nn.Module):
 
 
 class RegionEncoder(nn.Module):
-    """The feature of any box, wherever it came from: a grid of samples of the fine map inside the box and a margin
+    """The feature of any box, wherever it came from: a grid of samples of the detail map inside the box and a margin
     around it, and of the coarse map's mean."""
 
-    def __init__(self, fine: int, coarse: int, width: int):
+    def __init__(self, detail: int, coarse: int, width: int):
         super().__init__()
-        self.net = mlp(fine * ROI_GRID**2 + coarse + 4, 2 * width, width)
+        self.net = mlp(detail * ROI_GRID**2 + coarse + 4, 2 * width, width)
 
-    def forward(self, fine: torch.Tensor, coarse: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    def forward(self, detail: torch.Tensor, coarse: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w), (B, D, h, w), (B, N, 4) → (B, N, R)."""
         sizes = boxes[..., 2:] - boxes[..., :2]
         corner = boxes[..., :2] - ROI_MARGIN * sizes
@@ -193,9 +193,9 @@ class RegionEncoder(nn.Module):
             [x[..., None, :].expand(*x.shape[:2], n, n), y[..., :, None].expand(*y.shape[:2], n, n)], -1
         )
         grid = points.flatten(2, 3) * 2 - 1  # (B, N, grid², 2)
-        detail = F.grid_sample(fine, grid, align_corners=False, padding_mode="border")
+        inside = F.grid_sample(detail, grid, align_corners=False, padding_mode="border")
         context = F.grid_sample(coarse, grid, align_corners=False, padding_mode="border").mean(-1)
-        rows = [detail.permute(0, 2, 1, 3).flatten(2), context.transpose(1, 2), boxes]
+        rows = [inside.permute(0, 2, 1, 3).flatten(2), context.transpose(1, 2), boxes]
         return self.net(torch.cat(rows, -1))
 
 
@@ -219,7 +219,7 @@ class MedGLIP(nn.Module):
         self.fine_lateral, self.fine_top = nn.Conv2d(channels[0], d // 2, 1), nn.Conv2d(d, d // 2, 1)
         self.fine = nn.Sequential(nn.Conv2d(d // 2, d // 2, 3, padding=1), nn.GroupNorm(8, d // 2), nn.GELU())
         self.prototype = nn.Conv2d(d // 2, config.prototypes, 1)
-        self.regions = RegionEncoder(d // 2, d, config.region_width)
+        self.regions = RegionEncoder(d // 2 + channels[0], d, config.region_width)
         self.region_align = nn.Linear(config.region_width, d)
         self.region_edges = nn.Linear(config.region_width, 4)  # shifts of the edges, in sides of the box
         self.presence = mlp(d + 1, d, 1)
@@ -232,8 +232,9 @@ class MedGLIP(nn.Module):
         )  # trunk summaries of training images, unit length
 
     def pyramid(self, pixel_values: torch.Tensor, modality: torch.Tensor | None):
-        """Levels (B, D, h, w) at strides 8, 16, 32, the fine map (B, D/2, h, w) at stride 4, trunk summary (B, C),
-        modality logits (B, M) and the prompts (B, T, D). ``modality``: (B, M) weights, None where it is not known."""
+        """Levels (B, D, h, w) at strides 8, 16, 32, the fine map (B, D/2, h, w) at stride 4, the same with the trunk's
+        own map there (edges and grey values), trunk summary (B, C), modality logits (B, M), prompts (B, T, D).
+        ``modality``: (B, M) weights, None where it is not known."""
         maps = self.trunk.feature_maps(pixel_values)
         pooled = maps[-1].mean((2, 3))
         modality_logits = self.modality_head(pooled)
@@ -255,7 +256,8 @@ class MedGLIP(nn.Module):
             start += h * w
             out.append(adapter(smooth(F.gelu(level)) + code, prompts))
         up = F.interpolate(self.fine_top(out[0]), size=maps[0].shape[-2:], mode="nearest")
-        return out, self.fine(F.gelu(self.fine_lateral(maps[0]) + up)), pooled, modality_logits, prompts
+        fine = self.fine(F.gelu(self.fine_lateral(maps[0]) + up))
+        return out, fine, torch.cat([fine, maps[0]], 1), pooled, modality_logits, prompts
 
     def encode_phrases(self, phrases: PhraseBatch) -> torch.Tensor:
         """(V, D): text vector and side, before modality prompt and fusion. Also the label vectors of region tokens."""
@@ -269,7 +271,7 @@ class MedGLIP(nn.Module):
         region_boxes: torch.Tensor | None = None,
     ) -> MedGLIPOutput:
         """pixel_values (B, 3, S, S); modality (B, M) weights or None; region_boxes (B, N, 4) or None."""
-        levels, fine, pooled, modality_logits, prompts = self.pyramid(pixel_values, modality)
+        levels, fine, detail, pooled, modality_logits, prompts = self.pyramid(pixel_values, modality)
         prompted = self.encode_phrases(phrases)[None] + prompts.mean(1, keepdim=True)
         image = torch.cat([level.flatten(2).transpose(1, 2) for level in levels[1:]], 1)
         fused = self.fusion(prompted, image)
@@ -286,7 +288,7 @@ class MedGLIP(nn.Module):
             presence=self.presence(torch.cat([fused, strongest], -1))[..., 0],
             modality=modality_logits,
             pooled=pooled,
-            fine=fine,
+            detail=detail,
             coarse=levels[0],
             prompted=prompted,
         )
@@ -296,7 +298,7 @@ class MedGLIP(nn.Module):
 
     def read_regions(self, out: MedGLIPOutput, boxes: torch.Tensor) -> RegionOutput:
         """boxes (B, N, 4), wherever they come from."""
-        features = self.regions(out.fine, out.coarse, boxes)
+        features = self.regions(out.detail, out.coarse, boxes)
         aligned = F.normalize(self.region_align(features), dim=-1)
         logits = self.scale[1] * (aligned @ F.normalize(out.prompted, dim=-1).transpose(1, 2)) + self.bias[1]
         sides = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2)

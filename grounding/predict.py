@@ -90,7 +90,8 @@ def write_predictions(grounder: Grounder, store: Store, config: PredictConfig) -
         "images": hashlib.sha256(b"".join(hashlib.sha256(_bytes(s)).digest() for s, *_ in rows)).hexdigest()[:16],
     }
     write_regions(config.out / "regions.jsonl", {s.image_id: found for s, _, found, _ in rows})
-    save_region_tokens(config.out / "region_tokens.safetensors", ids, stack_region_tokens([r[3] for r in rows]), meta)
+    tokens = stack_region_tokens([row[3] for row in rows])
+    save_region_tokens(config.out / "region_tokens.safetensors", ids, tokens, meta, grounder.label_table())
     write_coco(config.out, [(sample, candidates) for sample, candidates, *_ in rows])
     save_run_info(config, config.out, **meta)
     return {sample.image_id: candidates for sample, candidates, *_ in rows}

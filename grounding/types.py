@@ -233,22 +233,33 @@ def stack_region_tokens(tokens: Sequence[RegionTokens]) -> RegionTokens:
     )
 
 
-def save_region_tokens(path: Path, image_ids: Sequence[str], tokens: RegionTokens, meta: Mapping[str, Any]) -> None:
-    """One safetensors file. ``meta`` holds what the tokens depend on (checkpoint, phrase-list and settings hashes)."""
+def save_region_tokens(
+    path: Path,
+    image_ids: Sequence[str],
+    tokens: RegionTokens,
+    meta: Mapping[str, Any],
+    vocabulary: Mapping[str, torch.Tensor],
+) -> None:
+    """One safetensors file. ``meta`` holds what the tokens depend on (checkpoint, phrase-list and settings hashes);
+    ``vocabulary`` the label vector (E) of every label that could have been found."""
     text = {"image_ids": list(image_ids), "labels": tokens.labels, "queries": tokens.queries, "meta": dict(meta)}
+    text["vocabulary"] = list(vocabulary)
     tensors = {name: getattr(tokens, name).contiguous() for name in RegionTokens.TENSORS}
+    tensors["vocabulary"] = torch.stack(list(vocabulary.values()))
     metadata = {key: json.dumps(value) for key, value in text.items()}
     write_atomic(Path(path), save(tensors, metadata))
 
 
-def load_region_tokens(path: Path) -> tuple[list[str], RegionTokens, dict[str, Any]]:
-    """(image_ids, tokens, meta) of ``save_region_tokens``. Raises RegionError where the file is missing or another."""
+def load_region_tokens(path: Path) -> tuple[list[str], RegionTokens, dict[str, Any], dict[str, torch.Tensor]]:
+    """(image_ids, tokens, meta, vocabulary) of ``save_region_tokens``. Raises RegionError where the file is missing or
+    another."""
     try:
         with safe_open(str(path), framework="pt") as file:
             text = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
             tensors = {name: file.get_tensor(name) for name in RegionTokens.TENSORS}
+            vocabulary = dict(zip(text["vocabulary"], file.get_tensor("vocabulary"), strict=True))
         tokens = RegionTokens(**tensors, labels=text["labels"], queries=text["queries"])
-        return text["image_ids"], tokens, text["meta"]
+        return text["image_ids"], tokens, text["meta"], vocabulary
     except (OSError, SafetensorError, KeyError) as error:
         raise RegionError(f"{path}: not a region-token file ({error}); write one with grounding.predict") from error
 

@@ -59,7 +59,7 @@ def prompts(base, counts, questions=None, route="tokens", k=K, answer=None):
     for row, count in enumerate(counts):
         table.valid[row, count:] = False
     return [
-        build_prompt(base, question, pick(table, row, [], TREE, k), route, TREE, answer=answer)
+        build_prompt(base, question, pick(table, row, [], TREE, k, {}), route, TREE, answer=answer)
         for row, question in enumerate(questions)
     ]
 

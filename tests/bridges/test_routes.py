@@ -38,28 +38,37 @@ TOKENS = regions(
 )
 
 
-def test_a_question_names_the_longest_and_the_shorter_labels():
-    named = labels_in("Is there a lesion in the left temporal lobe?", TREE)
-    assert {f"{LEFT}/lesion", LEFT, "brain/lesion"} <= named
+def test_a_question_names_the_longest_labels_and_findings_in_places():
+    assert labels_in("Is there a lesion in the left temporal lobe?", TREE) == {f"{LEFT}/lesion"}
+    assert labels_in("Does the left temporal lobe contain a lesion?", TREE) == {LEFT, "brain/lesion", f"{LEFT}/lesion"}
     assert labels_in("How are you?", TREE) == frozenset()
 
 
+def test_a_finding_that_was_asked_for_and_is_not_there_takes_a_slot():
+    asked = "brain/insula/left_insula/lesion"
+    slots = pick(TOKENS, 0, [asked, f"{LEFT}/lesion"], TREE, 8, {asked: torch.tensor([3.0, 4.0])})
+    k = slots.labels[0].index(asked)
+    assert slots.levels[0, k] == 3 and slots.valid[0, k] and not slots.features[0, k].any()
+    assert slots.label_vectors[0, k].tolist() == [3, 4]
+    assert slots.labels[0].count(f"{LEFT}/lesion") == 1  # this one is there
+
+
 def test_findings_come_first_and_the_largest_leads():
-    slots = pick(TOKENS, 0, [], TREE, 4)
+    slots = pick(TOKENS, 0, [], TREE, 4, {})
     assert slots.labels[0] == [f"{RIGHT}/lesion", f"{LEFT}/lesion", "brain", LEFT]
     assert slots.valid.tolist() == [[True] * 4]
     assert slots.features[0, :, 0].tolist() == [3, 2, 1, 4]
 
 
 def test_labels_of_the_question_are_chosen_even_when_not_found():
-    slots = pick(TOKENS, 0, [RIGHT, f"{RIGHT}/lesion"], TREE, 3)
+    slots = pick(TOKENS, 0, [RIGHT, f"{RIGHT}/lesion"], TREE, 3, {})
     assert slots.labels[0] == [f"{RIGHT}/lesion", RIGHT, f"{RIGHT}/lesion"]
     assert slots.levels[0].tolist() == [1, 2, 3]
     assert [query["label"] for query in slots.queries[0]] == [RIGHT]
 
 
 def test_free_slots_are_zero_and_invalid():
-    slots = pick(TOKENS, 0, [], TREE, 9)
+    slots = pick(TOKENS, 0, [], TREE, 9, {})
     assert slots.valid[0].tolist() == [True] * 6 + [False] * 3
     assert slots.labels[0][6:] == ["", "", ""] and not slots.features[0, 6:].any()
 
@@ -67,16 +76,16 @@ def test_free_slots_are_zero_and_invalid():
 def test_padding_of_the_file_is_never_chosen():
     tokens = regions((LEFT, 0.9, 0.4, 2), (RIGHT, 0.95, 0.4, 2))
     tokens.valid[0, 1] = False
-    assert pick(tokens, 0, [], TREE, 2).labels[0] == [LEFT, ""]
+    assert pick(tokens, 0, [], TREE, 2, {}).labels[0] == [LEFT, ""]
 
 
 def test_empty_keeps_the_slots_and_nothing_else():
-    nothing = empty(pick(TOKENS, 0, [], TREE, 4))
+    nothing = empty(pick(TOKENS, 0, [], TREE, 4, {}))
     assert nothing.valid.shape == (1, 4) and not nothing.valid.any() and nothing.labels == [[""] * 4]
 
 
 def test_features_zero_touches_features_only():
-    slots = pick(TOKENS, 0, [], TREE, 4)
+    slots = pick(TOKENS, 0, [], TREE, 4, {})
     control = features_zero(slots)
     assert not control.features.any() and slots.features.any()
     assert control.boxes is slots.boxes and control.labels is slots.labels and control.valid is slots.valid
@@ -96,7 +105,7 @@ def test_shuffled_refuses_what_one_patient_dominates():
 
 
 def test_regions_as_text():
-    slots = pick(TOKENS, 0, [f"{RIGHT}/lesion"], TREE, 3)
+    slots = pick(TOKENS, 0, [f"{RIGHT}/lesion"], TREE, 3, {})
     text = regions_as_text(slots, TREE, extent_mm=(100.0, 150.0))
     assert text.startswith("right temporal lobe lesion 30 mm at 0,0,20,20; ")
     assert text.endswith("; no right temporal lobe lesion")

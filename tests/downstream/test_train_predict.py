@@ -47,7 +47,13 @@ def data(brain_store, tmp_path_factory) -> Path:
     store = open_store(brain_store)
     tokens = stack_region_tokens([fake_tokens(store[k].regions, k) for k in range(len(store))])
     for kind in ("predicted", "annotated"):
-        save_region_tokens(folder / f"{kind}.safetensors", store.image_ids, tokens, {"checkpoint": "detector-hash"})
+        save_region_tokens(
+            folder / f"{kind}.safetensors",
+            store.image_ids,
+            tokens,
+            {"checkpoint": "detector-hash"},
+            {"brain/lesion": torch.zeros(12)},
+        )
     return folder
 
 

@@ -90,6 +90,7 @@ def some_targets(phrases: int = 4) -> Targets:
         has_mask=valid.clone(),
         modality=torch.tensor([2, 2]),
         narrower=torch.tensor([[0, 1]]),
+        siblings=[[0, 1]],
     )
 
 

@@ -53,9 +53,10 @@ def test_a_run_that_was_killed_goes_on_to_the_same_losses(trained, brain_store, 
 def test_prediction_writes_regions_tokens_and_coco(trained, brain_store, launch, tmp_path):
     out = tmp_path / "regions"
     launch("cpu", "grounding.predict", f"checkpoint={trained}", f"store={brain_store}", f"out={out}")
-    ids, tokens, meta = load_region_tokens(out / "region_tokens.safetensors")
+    ids, tokens, meta, vocabulary = load_region_tokens(out / "region_tokens.safetensors")
     store = open_store(brain_store)
     assert ids == store.image_ids
+    assert "brain/insula/left_insula/lesion" in vocabulary or len(vocabulary) > 10
     assert len(meta["checkpoint"]) == len(meta["phrases"]) == len(meta["images"]) == 16
     found = read_regions(out / "regions.jsonl")
     queries = found[ids[0]].queries
@@ -68,7 +69,7 @@ def test_prediction_writes_regions_tokens_and_coco(trained, brain_store, launch,
 def test_annotated_regions_become_tokens_with_their_boxes(trained, brain_store, launch, tmp_path):
     arguments = (f"checkpoint={trained}", f"store={brain_store}")
     launch("cpu", "grounding.predict", *arguments, f"out={tmp_path / 'a'}", "regions=annotated")
-    ids, tokens, _ = load_region_tokens(tmp_path / "a" / "region_tokens.safetensors")
+    ids, tokens, *_ = load_region_tokens(tmp_path / "a" / "region_tokens.safetensors")
     for k, sample in enumerate(open_store(brain_store)[j] for j in range(4)):
         real = tokens.boxes[k][tokens.valid[k] & (tokens.levels[k] < 3)]
         assert sorted(real.tolist()) == pytest.approx(sorted(sample.regions.boxes.tolist()))

@@ -85,8 +85,11 @@ def test_regions_file_names_the_line_that_is_wrong(tmp_path):
 
 def test_region_tokens_survive_the_disk(tmp_path):
     tokens = some_tokens(3, images=2)
-    save_region_tokens(tmp_path / "t.safetensors", ["a", "b"], tokens, {"checkpoint": "abc"})
-    ids, again, meta = load_region_tokens(tmp_path / "t.safetensors")
+    save_region_tokens(
+        tmp_path / "t.safetensors", ["a", "b"], tokens, {"checkpoint": "abc"}, {"lesion": torch.arange(5.0)}
+    )
+    ids, again, meta, vocabulary = load_region_tokens(tmp_path / "t.safetensors")
+    assert torch.equal(vocabulary["lesion"], torch.arange(5.0))
     assert (ids, meta, again.labels, again.queries) == (
         ["a", "b"],
         {"checkpoint": "abc"},
