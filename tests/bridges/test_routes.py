@@ -1,8 +1,11 @@
 """Which regions reach a prompt, in which order, and what the control sources make of them."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from bridges.projector import ProjectorConfig, RegionProjector
 from bridges.routes import empty, features_zero, labels_in, pick, regions_as_text, shuffled
 from grounding.labels import load_label_tree
 from grounding.types import RegionTokens
@@ -110,3 +113,24 @@ def test_regions_as_text():
     assert text.startswith("right temporal lobe lesion 30 mm at 0,0,20,20; ")
     assert text.endswith("; no right temporal lobe lesion")
     assert regions_as_text(empty(slots), TREE) == ""
+
+
+def test_a_fitted_projector_starts_from_the_words_of_the_labels():
+    torch.manual_seed(0)
+    common = torch.randn(6) * 10  # label vectors that differ little, as those of a text encoder do
+    labels = [f"label {k}" for k in range(4)]
+    tokens = dataclasses.replace(
+        regions(*((label, 0.9, 0.3, 1) for label in labels)),
+        features=torch.randn(1, 4, 5),
+        label_vectors=(common + 0.01 * torch.randn(4, 6))[None],
+    )
+    words = {label: torch.randn(8) for label in labels}
+    projector = RegionProjector(ProjectorConfig(feature_dim=5, label_dim=6, width=8, scale=1.0, hidden=16))
+    projector.fit(tokens, words)
+    likeness = torch.nn.functional.cosine_similarity(
+        projector.words(tokens.label_vectors[0])[:, None], torch.stack([words[label] for label in labels])[None], dim=-1
+    )
+    assert likeness.diagonal().min() > 0.95
+    assert likeness.argmax(1).tolist() == [0, 1, 2, 3]
+    standard = projector.label[0](tokens.label_vectors[0])
+    assert standard.mean(0).abs().max() < 1e-2 and (standard.std(0, correction=0) - 1).abs().max() < 1e-2
