@@ -17,7 +17,7 @@ test: .venv/.installed
 	$(BIN)/python -m pytest
 
 slow: .venv/.installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow or browser or multinode"
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -95,6 +95,8 @@ class RegionProjector(nn.Module):
         y = torch.stack([words[label] / words[label].pow(2).mean().sqrt() for label in known]).double()
         gram = x @ x.T + RIDGE * torch.eye(len(x), dtype=torch.float64)  # ridge regression in its dual form
         self.words.weight.copy_((x.T @ torch.linalg.solve(gram, y)).T)
+        self.mlp[-1].weight.mul_(0.1)  # what an untrained layer makes of a region is noise beside its words
+        self.mlp[-1].bias.zero_()
 
     def _check(self, regions: RegionTokens) -> None:
         n, d, e = regions.valid.shape[1], regions.features.shape[-1], regions.label_vectors.shape[-1]

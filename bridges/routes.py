@@ -139,10 +139,11 @@ def shuffled(patients: Mapping[str, str], seed: int) -> dict[str, str]:
 
 
 def regions_as_text(tokens: RegionTokens, tree: LabelTree, extent_mm: tuple[float, float] | None = None) -> str:
-    """The valid slots of a batch of one, written out: "left temporal lobe lesion 15 mm at 12,40,30,55; no …".
+    """The valid slots of a batch of one, written out: "left temporal lobe lesion 15 mm at 12,40,30,55; insula; no …".
 
     Boxes are xyxy in percent of the image. `extent_mm` (height, width) of the whole image gives the longer side of the
-    box in mm; without it no size is written.
+    box in mm; without it no size is written. Places stand by name alone: a box is a dozen tokens, and a place has but
+    one; for findings the box is what tells them apart.
     """
     parts = []
     for i in torch.nonzero(tokens.valid[0]).flatten().tolist():
@@ -150,8 +151,10 @@ def regions_as_text(tokens: RegionTokens, tree: LabelTree, extent_mm: tuple[floa
         phrase = tree.phrase(label) if label in tree.nodes else label
         if tokens.levels[0, i] == NOT_FOUND_LEVEL:
             parts.append(f"no {phrase}")
-            continue
-        x1, y1, x2, y2 = tokens.boxes[0, i].tolist()
-        size = f" {max((y2 - y1) * extent_mm[0], (x2 - x1) * extent_mm[1]):.0f} mm" if extent_mm else ""
-        parts.append(f"{phrase}{size} at {','.join(f'{100 * v:.0f}' for v in (x1, y1, x2, y2))}")
+        elif label in tree.nodes and not tree.is_finding(label):
+            parts.append(phrase)
+        else:
+            x1, y1, x2, y2 = tokens.boxes[0, i].tolist()
+            size = f" {max((y2 - y1) * extent_mm[0], (x2 - x1) * extent_mm[1]):.0f} mm" if extent_mm else ""
+            parts.append(f"{phrase}{size} at {','.join(f'{100 * v:.0f}' for v in (x1, y1, x2, y2))}")
     return "; ".join(parts)

@@ -21,7 +21,7 @@ from grounding.store import open_store
 from grounding.types import GroundingSample, RegionTokens
 
 Sample = VQASample | ReportSample
-LISTED = 4  # regions of an alignment answer: the findings come first
+LISTED = 8  # regions of an alignment answer at most: the findings come first
 
 
 def question_of(sample: Sample) -> str:

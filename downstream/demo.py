@@ -74,21 +74,23 @@ class Stages:
 
     def run(self, name: str, title: str, settings: tuple[str, ...], work: Callable[[Path], None]) -> Path:
         """``work(folder)`` fills ``out/name``; ``settings`` are the keys of the configuration that it depends on."""
-        folder, marker = self.out / name, self.out / name / ".complete.json"
+        folder = self.out / name
+        marker, started = folder / ".complete.json", folder / ".started.json"
         wanted = json.dumps({key: self.config[key] for key in settings}, sort_keys=True, default=str)
         number = len(self.seconds) + 1
-        if marker.exists() and marker.read_text() == wanted:
+        done = json.loads(marker.read_text()) if marker.exists() else {}
+        if done.get("settings") == wanted:
             console.print(f"[bold]{number}. {title}[/bold]: reused from {folder}")
-            self.seconds[title] = 0.0
+            self.seconds[title] = done["seconds"]
             return folder
         console.print(f"[bold]{number}. {title}[/bold]")
-        if marker.exists():  # made with other settings
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not (started.exists() and started.read_text() == wanted):
+            shutil.rmtree(folder)  # begun or made with other settings: nothing of it may be resumed
+        write_atomic(started, wanted)
         began = time.perf_counter()
         work(folder)
         self.seconds[title] = round(time.perf_counter() - began, 1)
-        write_atomic(marker, wanted)
+        write_atomic(marker, json.dumps({"settings": wanted, "seconds": self.seconds[title]}))
         console.print(f"   done in {self.seconds[title]:.0f} s")
         return folder
 
@@ -96,7 +98,8 @@ class Stages:
 def launch(module: str, *arguments: str) -> None:
     """The command that README gives for training, as a process of its own. Raises RuntimeError where it fails."""
     accelerate = ["accelerate.commands.launch", "--config_file", str(CONFIG_DIR / "accelerate" / "cpu.yaml")]
-    command = [sys.executable, "-m", *accelerate, "-m", module, *arguments]
+    threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
+    command = [sys.executable, "-m", *accelerate, "--num_cpu_threads_per_process", threads, "-m", module, *arguments]
     shown = f"   accelerate launch --config_file configs/accelerate/cpu.yaml -m {module} {' '.join(arguments)}"
     console.print(shown, style="dim", soft_wrap=True, highlight=False)
     done = subprocess.run(command, env=os.environ | _quiet())
@@ -115,7 +118,6 @@ def run(out: Path, full: bool, config_path: Path | None, overrides: list[str]) -
     path = config_path or CONFIG_DIR / "demo" / ("full.yaml" if full else "quick.yaml")
     config = load_config(DemoConfig, path, overrides)
     systems = config.parsed
-    began = time.perf_counter()
     console.print(f"Med-GLIP demo: {path.name}, seed {config.seed}, results in {out}")
     console.print("Generated lesions on slices of MRI templates. Research use only; not a medical device.\n")
     stages = Stages(out, config)
@@ -132,7 +134,7 @@ def run(out: Path, full: bool, config_path: Path | None, overrides: list[str]) -
         stages.run(route, f"Train route {route}", bridge_keys, lambda f, r=route: _bridge(f, r, data, regions, config))
     answers = stages.run("answers", "Answer and report", (*bridge_keys, "systems"), lambda f: _answers(f, out, config))
     console.print("[bold]Scores[/bold]")
-    facts = {"seconds": stages.seconds | {"all": round(time.perf_counter() - began, 1)}, **_memory()}
+    facts = {"seconds": stages.seconds | {"all": round(sum(stages.seconds.values()), 1)}, **_memory()}
     scores = score_everything(data / "test", regions, answers, systems, facts, config)
     save_run_info(config, out)
     write_atomic(out / "scores.json", json.dumps(scores, indent=1) + "\n")
@@ -222,7 +224,7 @@ def _bridge(folder: Path, route: str, data: Path, regions: Path, config: DemoCon
         "out": folder,
         "base": config.base,
         "steps": config.bridge_steps,
-        "align_steps": config.bridge_steps // 5,
+        "align_steps": config.bridge_steps // 3,
         "batch_size": config.bridge_batch,
         "max_answer": config.max_answer,
         "seed": config.seed,

@@ -56,7 +56,7 @@ class TrainConfig:
     route: str = "tokens"
     k: int = 8
     steps: int = 400
-    align_steps: int = 80
+    align_steps: int = 130
     batch_size: int = 8
     lr: float = 1e-3
     bridge_lr: float = 2e-3

@@ -302,7 +302,9 @@ class MedGLIP(nn.Module):
         aligned = F.normalize(self.region_align(features), dim=-1)
         logits = self.scale[1] * (aligned @ F.normalize(out.prompted, dim=-1).transpose(1, 2)) + self.bias[1]
         sides = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2)
-        return RegionOutput(features, logits, (boxes + self.region_edges(features) * sides).clamp(0, 1))
+        moved = (boxes + self.region_edges(features) * sides).clamp(0, 1)
+        low, high = moved[..., :2], moved[..., 2:]  # an untrained head may move an edge past the other
+        return RegionOutput(features, logits, torch.cat([torch.minimum(low, high), torch.maximum(low, high)], -1))
 
     @staticmethod
     def _boxes(distances: torch.Tensor, image_size: int) -> torch.Tensor:
