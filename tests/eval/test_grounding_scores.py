@@ -57,7 +57,7 @@ def test_classes_and_levels():
     assert (merged(LESION), merged(ELSEWHERE), merged(LOBE)) == ("lesion", "lesion", LOBE)
     assert merged("polyp") == "polyp"
     assert levels_of("lesion", TREE) == ("finding",)
-    assert levels_of(LOBE, TREE) == ("structure", "depth 2")
+    assert levels_of(LOBE, TREE) == ("structure", "depth 2", "named region")
     assert levels_of("polyp", TREE) == ("other",)
 
 
