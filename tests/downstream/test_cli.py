@@ -168,7 +168,11 @@ def real_trunk(brain_store, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("kind", ["noise", "chest film", "polyp", "skin lesion"])
 def test_an_image_of_another_kind_is_refused(kind, real_trunk, tmp_path, capsys):
     data = ROOT.parent / "shared" / "data"
-    folders = {"chest film": "cxr-lungboxes/images", "polyp": "kvasir-seg/images", "skin lesion": "isic2018-512"}
+    folders = {
+        "chest film": "cxr-lungboxes/images",
+        "polyp": "kvasir-seg/Kvasir-SEG/images",
+        "skin lesion": "isic2018-512/data512",
+    }
     path = tmp_path / "noise.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
     if kind != "noise":
