@@ -23,6 +23,7 @@ from grounding.types import NOT_FOUND_LEVEL, RegionSet, RegionTokens
 FLOOR = 0.05  # candidates below this score are nothing
 NEAREST = 40  # locations a phrase that compete
 PLACES, FINDINGS = 2, 6  # boxes a phrase at most; a place with a side occurs once
+LEAST_HELD = 0.2  # share of a finding that a place must hold for the finding to hang on it
 REGIONS = 24  # regions an image that become tokens
 LIKE_A_KNOWN_PHRASE = 0.55  # cosine of text vectors below which a phrase counts as unknown to the checkpoint
 
@@ -104,10 +105,27 @@ class Grounder:
         phrases: Sequence[tuple[str, str | None]] | None = None,
         modality: str | None = None,
     ) -> list[Detection]:
-        """uint8 images (H, W) or (H, W, 3) of any size → a Detection each. ``phrases`` from ``resolve``."""
-        phrases = self.vocabulary() if phrases is None else list(phrases)
-        out, boxes = self._forward(images, [text for text, _ in phrases], modality)
-        return [self._decode(out, k, phrases, box) for k, box in enumerate(boxes)]
+        """uint8 images (H, W) or (H, W, 3) of any size → a Detection each. ``phrases`` from ``resolve`` are looked for
+        beside the vocabulary, since a finding hangs on a place that nobody asked for; the answer holds them alone."""
+        asked = list(phrases or [])
+        labels = {label for _, label in asked}
+        every = [*asked, *(row for row in self.vocabulary() if row[1] not in labels)]
+        out, boxes = self._forward(images, [text for text, _ in every], modality)
+        detections = [self._decode(out, k, every, box) for k, box in enumerate(boxes)]
+        return [self._only(detection, asked) for detection in detections] if asked else detections
+
+    def _only(self, detection: Detection, asked: list[tuple[str, str | None]]) -> Detection:
+        """What answers one of the asked phrases: its own label, or a narrower one ("left insula" for "insula")."""
+        wanted = {label or text for text, label in asked}
+
+        def restricted(regions: RegionSet) -> RegionSet:
+            wider = [{x, *(self.tree.broader(x) if x in self.tree.nodes else [])} for x in regions.labels]
+            rows = regions.select([k for k, names in enumerate(wider) if names & wanted])
+            return dataclasses.replace(rows, queries=regions.queries[: len(asked)])
+
+        return dataclasses.replace(
+            detection, candidates=restricted(detection.candidates), found=restricted(detection.found)
+        )
 
     def _forward(self, images: Sequence[np.ndarray], texts: Sequence[str], modality: str | None):
         self.check_modality(modality)
@@ -302,7 +320,7 @@ def attach_findings(regions: RegionSet, tree: LabelTree, places: RegionSet | Non
     for k, held in zip(bare, inside, strict=True):
         j = _holder(held, places, tree)
         path = f"{places.labels[j]}/{labels[k].rsplit('/', 1)[1]}"
-        labels[k] = path if held[j] > 0 and path in tree.nodes else labels[k]
+        labels[k] = path if held[j] >= LEAST_HELD and path in tree.nodes else labels[k]
     return labels
 
 

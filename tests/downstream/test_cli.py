@@ -96,6 +96,7 @@ def test_ground_ask_and_report_work_on_own_images(own_image, home, tmp_path, cap
     )
     regions = json.loads(out.read_text())
     assert [query["phrase"] for query in regions["queries"]] == ["lesion", "left insula"]
+    assert all("lesion" in row["label"] or "left_insula" in row["label"] for row in regions["regions"])
     assert Image.open(picture).size[0] > 500
     answer = tmp_path / "answer.json"
     assert main(["ask", own_image, "Is there a lesion?", *common, "--out", str(answer)]) == 0
