@@ -1,6 +1,5 @@
 """``medglip`` on a picture of the user's own, and what it says when something is wrong: the real command line."""
 
-import io
 import json
 import subprocess
 import sys
@@ -240,7 +239,3 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
         results.append(json.loads((tmp_path / name / "scores.json").read_text()))
     for part in ("grounding", "vqa", "report", "tables"):
         assert results[0][part] == results[1][part]
-
-
-def test_read_image_accepts_bytes_of_a_store(brain_store):
-    assert Image.open(io.BytesIO(open_store(brain_store)[0].image)).size == (192, 192)
