@@ -19,14 +19,15 @@ SOURCES = ("predicted", "annotated", "shuffled", "empty", "file:")
 LONGEST_PHRASE = 8  # words
 
 
-def labels_in(question: str, tree: LabelTree) -> frozenset[str]:
-    """Ids of all labels that a question names: the longest runs of words that the label tree knows, and each finding
-    named in each place named ("Does the left insula contain a lesion?" asks for a left insula lesion)."""
+def labels_in(question: str, tree: LabelTree, modality: str | None = None) -> frozenset[str]:
+    """Ids of all labels that a question about an image of `modality` names: the longest runs of words that the label
+    tree knows, and each finding named in each place named ("Does the left insula contain a lesion?" asks for a left
+    insula lesion)."""
     words = normalise(question).split()
     known: dict[tuple[int, int], str] = {}
     for start in range(len(words)):
         for end in range(start + 1, min(len(words), start + LONGEST_PHRASE) + 1):
-            label = tree.find(" ".join(words[start:end]))
+            label = tree.find(" ".join(words[start:end]), modality=modality)
             if label:
                 known[start, end] = label
     longest = {x for (a, b), x in known.items() if not any(c <= a and b <= d and (c, d) != (a, b) for c, d in known)}

@@ -30,7 +30,7 @@ def look(grounder: Grounder, image: MedicalImage, modality: str | None, phrases:
     grounder.check_modality(modality or image.modality)
     if modality is None:
         grounder.check_familiar(image)
-    resolved = None if phrases is None else grounder.resolve(phrases)
+    resolved = None if phrases is None else grounder.resolve(phrases, modality or image.modality)
     return grounder.detect([image.pixels], resolved, modality)[0]
 
 
@@ -50,9 +50,10 @@ class Assistant:
             raise ValueError("empty question; ask something about the image")
         image = read_image(path)
         source, queries = self._source(image, modality, regions)
-        said = self._say(image, source, question)
+        modality = self.grounder.modality(modality or image.modality)
+        said = self._say(image, source, question, modality)
         evidence = evidence_of(said.slots, image.pixels.shape[:2])
-        asked = labels_in(question, self.answerer.tree)
+        asked = labels_in(question, self.answerer.tree, modality)
         return {
             "image": str(path),
             "question": question,
@@ -91,9 +92,9 @@ class Assistant:
     def _table(self, tokens: RegionTokens, detector: str | None) -> RegionSource:
         return RegionSource(TokenTable({IMAGE: 0}, tokens, detector, self.grounder.label_table()))
 
-    def _say(self, image: MedicalImage, source: RegionSource, question: str):
+    def _say(self, image: MedicalImage, source: RegionSource, question: str, modality: str | None = None):
         pixels, _ = to_pixel_values(image.pixels, self.answerer.base.image_size)
-        return answer(self.answerer, pixels, source, IMAGE, question, _extent(image))
+        return answer(self.answerer, pixels, source, IMAGE, question, _extent(image), modality)
 
     def _provenance(self) -> dict:
         return {

@@ -7,6 +7,9 @@ import sys
 import warnings
 from pathlib import Path
 
+from downstream.data_cli import EXAMPLES
+from downstream.data_cli import add_commands as add_data_commands
+
 HOME = Path("runs/demo")
 
 
@@ -19,10 +22,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, summary: str, example: str) -> argparse.ArgumentParser:
-        raw = argparse.RawDescriptionHelpFormatter
-        return commands.add_parser(
-            name, help=summary, description=summary, epilog=f"example:\n  {example}", formatter_class=raw
-        )
+        return _add(commands, name, summary, example)
 
     demo = add("demo", "train and measure the whole chain on the embedded brain set", "medglip demo --out runs/demo")
     demo.add_argument("--out", type=Path, default=HOME)
@@ -62,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--route", default="tokens", choices=("none", "text", "tokens"))
         command.add_argument("--regions", type=Path, help="a regions.jsonl with one image, instead of the detector's")
 
+    data = add("data", "build, count, describe and audit region stores", EXAMPLES["build"])
+    add_data_commands(data.add_subparsers(dest="data_command", required=True, metavar="COMMAND"), _add)
+
     score = add(
         "score", "score predictions against references", "medglip score vqa --predictions p.jsonl --references r.jsonl"
     )
@@ -72,6 +75,11 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--out", type=Path, help="scores.json")
     score.set_defaults(run=run_score)
     return top
+
+
+def _add(commands: argparse._SubParsersAction, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    raw, example = argparse.RawDescriptionHelpFormatter, f"example:\n  {example}"
+    return commands.add_parser(name, help=summary, description=summary, epilog=example, formatter_class=raw)
 
 
 def run_demo(options: argparse.Namespace) -> None:

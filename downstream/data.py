@@ -154,8 +154,8 @@ class TrainingData:
         kind = "annotated" if draws[0] < config.annotated_share else "predicted"
         features = "zero" if draws[2] < config.feature_dropout else "full"
         source = RegionSource(self.tables[kind], is_empty=draws[1] < config.region_dropout, features=features)
-        slots = source.slots(image_id, labels_in(question, self.tree), self.tree, config.k)
         record = self.store.by_id(image_id)
+        slots = source.slots(image_id, labels_in(question, self.tree, record.modality), self.tree, config.k)
         answer = answer_of(sample)
         if isinstance(sample, ReportSample) and config.route != "none" and sample.findings:
             answer = answer.replace(sample.findings, cite(sample.findings, slots, self.tree), 1)

@@ -128,7 +128,7 @@ class Reader:
     """The label tree, and what it calls findings (read once a page)."""
 
     tree: LabelTree
-    kinds: Mapping[str, str] = field(init=False)
+    kinds: Mapping[str, tuple[str, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kinds", kind_names(self.tree))

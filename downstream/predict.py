@@ -72,9 +72,16 @@ class Answerer:
     max_answer: int
     hash: str
 
-    def prompt(self, question: str, source: RegionSource, image_id: str, extent: tuple[float, float] | None) -> Prompt:
+    def prompt(
+        self,
+        question: str,
+        source: RegionSource,
+        image_id: str,
+        extent: tuple[float, float] | None,
+        modality: str | None = None,
+    ) -> Prompt:
         """The prompt for a question about an image, with the regions that `source` has for it."""
-        slots = source.slots(image_id, labels_in(question, self.tree), self.tree, self.k)
+        slots = source.slots(image_id, labels_in(question, self.tree, modality), self.tree, self.k)
         return build_prompt(self.base, question, slots, self.route, self.tree, extent)
 
     def generate(self, pixel_values: torch.Tensor, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
@@ -112,9 +119,10 @@ def answer(
     image_id: str,
     question: str,
     extent: tuple[float, float] | None = None,
+    modality: str | None = None,
 ) -> Answer:
     """One question, or `prompts.REPORT_QUESTION`, about one image (3, S, S). Raises ValueError if it is empty."""
-    prompt = answerer.prompt(question, source, image_id, extent)
+    prompt = answerer.prompt(question, source, image_id, extent, modality)
     return Answer(answerer.generate(pixel_values[None], [prompt], answerer.max_answer)[0], prompt.slots)
 
 
@@ -133,7 +141,7 @@ def predict(
     for indices in _batches(samples, batch_size):
         records = [store.by_id(image_of(samples[i])) for i in indices]
         prompts = [
-            answerer.prompt(question_of(samples[i]), source, record.image_id, extent_mm(record))
+            answerer.prompt(question_of(samples[i]), source, record.image_id, extent_mm(record), record.modality)
             for i, record in zip(indices, records, strict=True)
         ]
         pixels = torch.stack([pixels_of(record, answerer.base) for record in records])

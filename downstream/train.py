@@ -29,6 +29,7 @@ from downstream.data import TrainingData
 from downstream.embedded import Base, BaseModelError, load_base
 from downstream.prompts import IGNORED, Batch
 from downstream.sources import TokenTable, read_table
+from grounding.audit import check_forbidden
 from grounding.labels import LabelTree, load_label_tree
 from grounding.train import cut_log, learning_rate, setup
 from grounding.types import RegionTokens
@@ -43,9 +44,9 @@ class TrainConfig:
     A sample gets its annotated regions with probability `annotated_share`, else the predicted ones; none at all with
     `region_dropout`; their features are zeroed with `feature_dropout`, so that both controls are familiar at the test.
     Of `steps`, the first `align_steps` train lists of regions (see `TrainingData`), the others questions and reports.
-    `batch_size` is a process's. `limit`: that many questions and reports at most. `lr` is LoRA's, `bridge_lr` that of
-    the two projectors. `precision`: fp32, bf16 (products in bfloat16; all weights stay float32), or auto, which takes
-    bf16 where the hardware is faster at it.
+    `batch_size` is a process's. `limit`: that many questions and reports at most. `forbid`: region stores that must
+    have nothing in common with data/store. `lr` is LoRA's, `bridge_lr` that of the two projectors. `precision`: fp32,
+    bf16 (products in bfloat16; all weights stay float32), or auto, which takes bf16 where the hardware is faster at it.
     """
 
     data: Path
@@ -74,6 +75,7 @@ class TrainConfig:
     save_every: int = 0
     resume: bool = True
     limit: int | None = None
+    forbid: tuple[Path, ...] = ()
 
     def __post_init__(self):
         if self.route not in ROUTES:
@@ -246,6 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = load_config(TrainConfig, options.config, options.overrides)
         accelerator = setup(config.batch_size, config.seed)
         accelerator.register_save_state_pre_hook(_leave_out_frozen)
+        check_forbidden(config.data / "store", config.forbid)
         config.out.mkdir(parents=True, exist_ok=True)
         fit(accelerator, config)
         accelerator.end_training()

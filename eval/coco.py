@@ -1,4 +1,4 @@
-"""COCO average precision by class: the value from faster-coco-eval, the interval from weighted matches.
+"""COCO average precision and recall by class: values from faster-coco-eval, intervals from weighted matches.
 
 Boxes in COCO rows are xywh in pixels. Dimension key: D detections of one class, T IoU thresholds,
 R bootstrap resamples.
@@ -17,6 +17,13 @@ IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 MAX_DETECTIONS = 100  # an image and class, as COCO has it
 RESAMPLES = 500
+# Sizes are COCO's: areas in pixels below 32², to 96², above. AR1, AR10, AR100: with so many detections an image and class.
+COCO_METRICS = (
+    *("AP", "AP50", "AP75", "AP small", "AP medium", "AP large"),
+    *("AR1", "AR10", "AR100", "AR small", "AR medium", "AR large"),
+)
+
+_BLOCK = 8_000_000  # weights held at once, so that many detections do not need gigabytes
 
 
 def coco_rows(references: Mapping, predictions: Mapping, class_of: Callable[[str], str]) -> tuple[dict, list[dict]]:
@@ -57,22 +64,65 @@ def merge_classes(
 def average_precision(truth: Mapping, results: Sequence[Mapping], iou_type: str = "bbox") -> dict[str, np.ndarray]:
     """Class name → (10,) AP at IoU .50, .55 ... .95 (all areas, 100 detections); their mean is COCO AP, the first AP50.
 
-    Classes without a reference box are absent from the answer: COCO's -1 must never enter a mean. Annotation ids are
-    counted anew from 1, since COCO takes an id of 0 for "not matched". iou_type: "bbox" or "segm".
+    Classes without a reference box are absent from the answer: COCO's -1 must never enter a mean. iou_type: "bbox" or
+    "segm".
+    """
+    by_class = {name: precision[:, :, 0, -1] for name, (precision, _) in _evaluate(truth, results, iou_type).items()}
+    return {name: values.mean(1) for name, values in by_class.items() if (values > -1).all()}
+
+
+def coco_family(
+    truth: Mapping, results: Sequence[Mapping], iou_type: str = "bbox"
+) -> dict[str, dict[str, float | None]]:
+    """Class name → the twelve COCO_METRICS (Lin et al. 2014, https://cocodataset.org/#detection-eval).
+
+    None where the class has no reference of that size; a class without any reference is absent. The mean of a metric
+    over the classes that have it is COCO's own number. iou_type: "bbox" or "segm" (every row then has a mask).
+    """
+    family = {}
+    for name, (precision, recall) in _evaluate(truth, results, iou_type).items():
+        if (precision[..., 0, -1] > -1).all():
+            family[name] = dict(zip(COCO_METRICS, _twelve(precision, recall), strict=True))
+    return family
+
+
+def _twelve(precision: np.ndarray, recall: np.ndarray) -> list[float | None]:
+    """(T, 101, 4 areas, 3 limits) precision and (T, 4, 3) recall of one class → its COCO_METRICS."""
+
+    def mean(values: np.ndarray) -> float | None:
+        return float(values.mean()) if (values > -1).all() else None
+
+    of_all = precision[..., 0, -1]
+    return [
+        *(mean(of_all), mean(of_all[0]), mean(of_all[5])),
+        *(mean(precision[..., area, -1]) for area in (1, 2, 3)),
+        *(mean(recall[:, 0, limit]) for limit in (0, 1, 2)),
+        *(mean(recall[:, area, -1]) for area in (1, 2, 3)),
+    ]
+
+
+def _evaluate(truth: Mapping, results: Sequence[Mapping], iou_type: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Class name → (precision (T, 101, areas, limits), recall (T, areas, limits)); -1 where undefined.
+
+    Annotation ids are counted anew from 1, since COCO takes an id of 0 for "not matched".
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
     if not truth["annotations"]:
         return {}
     annotations = [_complete(row, k) for k, row in enumerate(truth["annotations"], 1)]
+    # Of a result with box and mask the library takes the box's area, which is not the mask's.
+    dropped = "bbox" if iou_type == "segm" else "segmentation"
+    found = [{key: value for key, value in row.items() if key != dropped} for row in results]
     reference = COCO({**truth, "annotations": annotations})
-    evaluation = COCOeval_faster(reference, reference.loadRes([dict(row) for row in results]), iou_type)
+    evaluation = COCOeval_faster(reference, reference.loadRes(found), iou_type)
     evaluation.evaluate()
     evaluation.accumulate()
-    precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]  # (T, 101 recalls, classes)
+    precision, recall = (np.asarray(evaluation.eval[key]) for key in ("precision", "recall"))
     names = {category["id"]: category["name"] for category in truth["categories"]}
-    by_class = {names[k]: precision[:, :, i] for i, k in enumerate(evaluation.params.catIds)}
-    return {name: values.mean(1) for name, values in by_class.items() if (values > -1).all()}
+    return {
+        names[k]: (precision[:, :, i], recall[:, i]) for i, k in enumerate(evaluation.params.catIds)
+    }
 
 
 def bootstrap_precision(
@@ -81,8 +131,9 @@ def bootstrap_precision(
     clusters: Mapping[Any, str],
     seed: int = SEED,
     resamples: int = RESAMPLES,
+    iou_type: str = "bbox",
 ) -> dict[str, np.ndarray] | None:
-    """Class name → (R, 10) box AP of each resample of the clusters; NaN where it holds no reference of the class.
+    """Class name → (R, 10) AP of each resample of the clusters; NaN where it holds no reference of the class.
 
     clusters: image id → patient. None with fewer than two clusters or with crowd annotations.
     """
@@ -92,26 +143,29 @@ def bootstrap_precision(
     drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
     column = {name: k for k, name in enumerate(names)}
     weights = {image["id"]: drawn[:, column[clusters[image["id"]]]] for image in truth["images"]}
-    return {name: weighted_precision(*table, weights) for name, table in match_tables(truth, results).items()}
+    return {name: weighted_precision(*table, weights) for name, table in match_tables(truth, results, iou_type).items()}
 
 
-def match_tables(truth: Mapping, results: Sequence[Mapping]) -> dict[str, tuple[list, np.ndarray, dict]]:
+def match_tables(
+    truth: Mapping, results: Sequence[Mapping], iou_type: str = "bbox"
+) -> dict[str, tuple[list, np.ndarray, dict]]:
     """Class name → (image ids (D), hits (D, T) bool, {image id: number of reference boxes}); best score first.
 
     Matched as COCO does: within an image greedily by score, each reference box once, at each IoU threshold anew.
     """
-    boxes, found = defaultdict(list), defaultdict(list)
+    key = "segmentation" if iou_type == "segm" else "bbox"
+    shapes, found = defaultdict(list), defaultdict(list)
     for row in truth["annotations"]:
-        boxes[row["category_id"], row["image_id"]].append(row["bbox"])
+        shapes[row["category_id"], row["image_id"]].append(row[key])
     for row in results:
         found[row["category_id"], row["image_id"]].append(row)
     images = sorted(image["id"] for image in truth["images"])
     tables = {}
     for category in truth["categories"]:
         k = category["id"]
-        counts = {i: len(boxes[k, i]) for i in images if boxes[k, i]}
+        counts = {i: len(shapes[k, i]) for i in images if shapes[k, i]}
         if counts:
-            matched = [_match(found[k, i], boxes[k, i], i) for i in images if found[k, i]]
+            matched = [_match(found[k, i], shapes[k, i], i, key) for i in images if found[k, i]]
             rows = sorted((row for image in matched for row in image), key=lambda row: -row[0])
             hits = np.array([row[2] for row in rows], dtype=bool).reshape(-1, len(IOU_THRESHOLDS))
             tables[category["name"]] = ([row[1] for row in rows], hits, counts)
@@ -123,9 +177,13 @@ def weighted_precision(image_ids: Sequence, hits: np.ndarray, counts: Mapping, w
     total = sum(weights[i] * n for i, n in counts.items())
     if not image_ids:
         return np.where(total[:, None] > 0, 0.0, np.nan).repeat(hits.shape[1], 1)
-    weight = np.stack([weights[i] for i in image_ids], 1).astype(float)
-    columns = [_interpolated(weight * hits[:, t], weight, total) for t in range(hits.shape[1])]
-    return np.stack(columns, 1)
+    block = max(1, _BLOCK // len(image_ids))
+    blocks = []
+    for start in range(0, len(total), block):
+        weight = np.stack([weights[i][start : start + block] for i in image_ids], 1).astype(float)
+        part = total[start : start + block]
+        blocks.append(np.stack([_interpolated(weight * column, weight, part) for column in hits.T], 1))
+    return np.concatenate(blocks)
 
 
 def _interpolated(true: np.ndarray, weight: np.ndarray, total: np.ndarray) -> np.ndarray:
@@ -142,13 +200,18 @@ def _interpolated(true: np.ndarray, weight: np.ndarray, total: np.ndarray) -> np
     return np.where(total > 0, values, np.nan)
 
 
-def _match(found: Sequence[Mapping], boxes: Sequence, image_id: Any) -> list[tuple[float, Any, np.ndarray]]:
+def _match(
+    found: Sequence[Mapping], shapes: Sequence, image_id: Any, key: str
+) -> list[tuple[float, Any, np.ndarray]]:
     """One image and class: (score, image id, hits (T,)) of each detection, best score first."""
     found = sorted(found, key=lambda row: -row["score"])[:MAX_DETECTIONS]
-    if not boxes:
+    if not shapes:
         return [(row["score"], image_id, np.zeros(len(IOU_THRESHOLDS), bool)) for row in found]
-    overlap = rle.iou(np.array([r["bbox"] for r in found], float), np.array(boxes, float), [0] * len(boxes))
-    free = np.ones((len(IOU_THRESHOLDS), len(boxes)), bool)
+    said = [row[key] for row in found]
+    if key == "bbox":
+        said, shapes = np.array(said, float), np.array(shapes, float)
+    overlap = rle.iou(said, shapes, [0] * len(shapes))
+    free = np.ones((len(IOU_THRESHOLDS), len(shapes)), bool)
     rows = []
     for row, ious in zip(found, overlap, strict=True):
         usable = np.where(free & (ious >= IOU_THRESHOLDS[:, None]), ious, -1.0)
@@ -167,5 +230,11 @@ def _rows(regions, number: int, numbers: Mapping[str, int], class_of: Callable[[
 
 
 def _complete(row: Mapping, number: int) -> dict:
-    """What COCO evaluation reads of an annotation, with area and iscrowd where the file leaves them out."""
-    return {"iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3], **row, "id": number}
+    """What COCO evaluation reads of an annotation, with area (of the mask, else the box) and iscrowd where the file
+    leaves them out."""
+    if "area" in row and "iscrowd" in row:
+        return {**row, "id": number}
+    mask = row.get("segmentation")
+    coded = isinstance(mask, dict) and not isinstance(mask["counts"], list)
+    area = float(rle.area(mask)) if coded else row["bbox"][2] * row["bbox"][3]
+    return {"iscrowd": 0, "area": area, **row, "id": number}

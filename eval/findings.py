@@ -39,7 +39,7 @@ class Finding(NamedTuple):
     side: str | None
 
 
-def parse_findings(report: str, tree: LabelTree, kinds: Mapping[str, str] | None = None) -> list[Finding]:
+def parse_findings(report: str, tree: LabelTree, kinds: Mapping[str, tuple[str, ...]] | None = None) -> list[Finding]:
     """The findings that a report states, in text order; "No lesion is seen." has none.
 
     With the headings "Findings:" and "Impression:" only the findings are read, since an impression repeats them.
@@ -134,20 +134,18 @@ def _findings_section(report: str) -> str:
     return sections.get("findings", "").strip() or pieces[0].strip() or sections.get("impression", "")
 
 
-def kind_names(tree: LabelTree) -> dict[str, str]:
-    """What a finding is called without a place ("lesion", "focal lesion") → its kind, the last part of the id."""
-    kinds = {}
-    for label in filter(tree.is_finding, tree.ids):
-        above, _, kind = label.rpartition("/")
-        place = normalise(tree.phrase(above))
-        kinds[normalise(kind.replace("_", " "))] = kind
-        for name in map(normalise, (tree.phrase(label), *tree.synonyms(label))):
-            if name.startswith(place + " "):
-                kinds[name.removeprefix(place + " ")] = kind
+def kind_names(tree: LabelTree) -> dict[str, tuple[str, ...]]:
+    """What a finding is called without a place ("lesion", "focal lesion") → its kinds, the last part of the id, in the
+    order of the tree: "mass" is a lesion of the brain, and a mass of the lung."""
+    kinds: dict[str, tuple[str, ...]] = {}
+    for node in tree.nodes.values():
+        if kind := node.finding:
+            for name in map(normalise, (kind.replace("_", " "), *node.said)):
+                kinds[name] = tuple(dict.fromkeys((*kinds.get(name, ()), kind)))
     return kinds
 
 
-def _parse_clause(clause: str, tree: LabelTree, kinds: Mapping[str, str]) -> list[Finding]:
+def _parse_clause(clause: str, tree: LabelTree, kinds: Mapping[str, tuple[str, ...]]) -> list[Finding]:
     """One clause: the kinds it states, each in every place it names (an ancestor of a named place adds nothing)."""
     text = normalise(clause)
     stated = _stated_kinds(text, kinds)
@@ -156,13 +154,19 @@ def _parse_clause(clause: str, tree: LabelTree, kinds: Mapping[str, str]) -> lis
     labels = _places(text, tree)
     places = [label for label in labels if not any(label in tree.ancestors(other) for other in labels)]
     side = {-1: "left", 1: "right", 0: None}[parse_side(clause)]
-    where: list[tuple[str | None, str | None]] = [(None, side)]
+    where: list[tuple[str | None, str | None, str | None]] = [(None, None, side)]
     if places:
-        where = [_structure_and_side(label, tree, side if len(places) == 1 else None) for label in places]
-    return [Finding(kind, *place) for kind in stated for place in where]
+        where = [(label, *_structure_and_side(label, tree, side if len(places) == 1 else None)) for label in places]
+    found = (Finding(_kind_at(label, named, tree), *place) for named in stated for label, *place in where)
+    return list(dict.fromkeys(found))
 
 
-def _stated_kinds(text: str, kinds: Mapping[str, str]) -> list[str]:
+def _kind_at(place: str | None, kinds: tuple[str, ...], tree: LabelTree) -> str:
+    """Of the kinds that one name stands for, the first that the place can have."""
+    return next((kind for kind in kinds if f"{place}/{kind}" in tree.nodes), kinds[0])
+
+
+def _stated_kinds(text: str, kinds: Mapping[str, tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Kinds named in the text and not negated: no cue of absence before the name, nor "not seen" after it."""
     stated = []
     for start, end, kind in _mentions(text, kinds.get):
@@ -179,7 +183,7 @@ def _places(text: str, tree: LabelTree) -> list[str]:
     return list(dict.fromkeys(label for _, _, label in _mentions(text, place)))
 
 
-def _mentions(text: str, look_up) -> list[tuple[int, int, str]]:
+def _mentions(text: str, look_up) -> list[tuple[int, int, Any]]:
     """(start, end, value) of the names in a normalised text, the longest first at each word, none overlapping."""
     words = [(m.start(), m.end()) for m in re.finditer(r"\S+", text)]
     found, k = [], 0

@@ -21,6 +21,7 @@ from faster_coco_eval.core import mask as rle
 from scipy.ndimage import distance_transform_edt
 
 from eval.coco import average_precision, bootstrap_precision, coco_rows, merge_classes
+from eval.records import RegionFiles
 from eval.statistics import mean_score
 from eval.types import Score, ScoreError
 from grounding.labels import LabelTree, load_label_tree
@@ -64,6 +65,35 @@ def grounding_scores(
         "by_level": {name: scores(members) for name, members in sorted(levels.items())},
         "path": path_accuracy(predictions, references, patients, tree),
     }
+
+
+def scores_by_source(regions: RegionFiles, tree: LabelTree | None = None) -> dict[str, dict[str, Score]]:
+    """Source → its overall scores. A prediction counts only if its label is annotated in the image: elsewhere nobody
+    knows whether it is wrong (federated evaluation, as in LVIS; Gupta et al. 2019)."""
+    tree = tree or load_label_tree()
+    predictions = judged(regions.predictions, regions.references, regions.labelled, tree)
+    scores = {}
+    for source in sorted(set(regions.sources.values())):
+        ids = [k for k in regions.references if regions.sources.get(k) == source]
+        said, truth = ({k: each[k] for k in ids if k in each} for each in (predictions, regions.references))
+        scores[source] = grounding_scores(said, truth, regions.patients, tree)["overall"]
+    return scores
+
+
+def judged(
+    predictions: Mapping[str, RegionSet],
+    references: Mapping[str, RegionSet],
+    labelled: Mapping[str, Sequence[str]],
+    tree: LabelTree,
+) -> dict[str, RegionSet]:
+    """The predictions that can be judged: in an image of `labelled`, those of its labels and of the reference's."""
+
+    def kept(image_id: str, said: RegionSet) -> RegionSet:
+        known = {*labelled[image_id], *(references[image_id].labels if image_id in references else ())}
+        known |= {class_of(label, tree) for label in known}
+        return said.select([k for k, label in enumerate(said.labels) if {label, class_of(label, tree)} & known])
+
+    return {k: kept(k, said) if k in labelled else said for k, said in predictions.items()}
 
 
 def class_of(label: str, tree: LabelTree) -> str:
@@ -161,13 +191,13 @@ def _judge_image(image_id: str, said: RegionSet | None, truth: RegionSet, tree: 
     classes = [class_of(label, tree) for label in truth.labels]
     for name in sorted(set(classes)):
         reference = truth.select([k for k, other in enumerate(classes) if other == name])
-        top = _top_box(said, name, tree)
-        _check_masks(image_id, top, reference)
+        top = top_region(said, name, tree)
+        check_masks(image_id, top, reference)
         rows.append({"image_id": image_id, "class": name, **_judge_pair(top, reference)})
     return rows
 
 
-def _top_box(said: RegionSet | None, name: str, tree: LabelTree) -> RegionSet | None:
+def top_region(said: RegionSet | None, name: str, tree: LabelTree) -> RegionSet | None:
     """The best-scoring region of a class, as a set of one; None without any."""
     rows = [] if said is None else [k for k, label in enumerate(said.labels) if class_of(label, tree) == name]
     if said is None or not rows:
@@ -182,19 +212,21 @@ def _judge_pair(top: RegionSet | None, reference: RegionSet) -> dict[str, float 
     hit = pairwise_iou(top.boxes, reference.boxes).max() >= 0.5
     return {
         "acc@0.5": float(hit),
-        "pointing": float(_points_into(top, reference)),
-        "dice": None if top.masks is None or reference.masks is None else _dice(top.masks[0], reference.masks),
+        "pointing": float(points_into(top, reference)),
+        "dice": None if top.masks is None or reference.masks is None else best_dice(top.masks[0], reference.masks),
     }
 
 
-def _check_masks(image_id: str, top: RegionSet | None, reference: RegionSet) -> None:
+def check_masks(image_id: str, top: RegionSet | None, reference: RegionSet) -> None:
+    """Raises ScoreError where masks of one image differ in size."""
     masks = [mask for regions in (top, reference) if regions is not None for mask in regions.masks or []]
     sizes = sorted({tuple(mask["size"]) for mask in masks})
     if len(sizes) > 1:
         raise ScoreError(f"image {image_id}: masks of sizes {sizes[0]} and {sizes[1]}; resize the predicted ones first")
 
 
-def _points_into(top: RegionSet, reference: RegionSet) -> bool:
+def points_into(top: RegionSet, reference: RegionSet) -> bool:
+    """The pointing game: does the deepest pixel (with masks) or the centre of the top region hit the reference?"""
     if top.masks is not None and reference.masks is not None:
         row, column = deepest_pixel(rle.decode(top.masks[0]))
         return any(rle.decode(mask)[row, column] for mask in reference.masks)
@@ -213,8 +245,8 @@ def deepest_pixel(mask: np.ndarray) -> tuple[int, int]:
     return int(rows[0] + row), int(columns[0] + column)
 
 
-def _dice(mask: Mapping, references: Sequence[Mapping]) -> float:
-    """Dice = 2 |A ∩ B| / (|A| + |B|); 1 where both are empty."""
+def best_dice(mask: Mapping, references: Sequence[Mapping]) -> float:
+    """Dice = 2 |A ∩ B| / (|A| + |B|) with the references together or the best single one; 1 where both are empty."""
     return max(_overlap(mask, other) for other in (rle.merge(list(references)), *references))
 
 

@@ -1,10 +1,11 @@
-"""`medglip score vqa|report|grounding`: predictions and references → scores.json and a table.
+"""`medglip score vqa|report|grounding`: predictions and references → scores.json, tables, and a page to look into.
 
 medglip score vqa --predictions predictions.jsonl --references questions.jsonl --out scores.json
 """
 
 import hashlib
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -15,8 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from configs import write_atomic
+from eval.checks import MEANING, check_samples, scores_by_training
 from eval.findings import finding_scores
-from eval.grounding import grounding_scores
+from eval.grounding import grounding_scores, scores_by_source
 from eval.records import (
     RegionFiles,
     check_ids,
@@ -24,31 +26,37 @@ from eval.records import (
     read_questions,
     read_region_files,
     read_reports,
+    read_training,
 )
 from eval.statistics import RESAMPLES, SEED
-from eval.table import score_table
+from eval.table import as_markdown, as_rich, protocol_rows, score_rows
 from eval.text import text_scores
-from eval.types import ScoreError, plain
+from eval.types import Score, ScoreError, plain
 from eval.vqa import cluster_of, vqa_accuracy
 
 __all__ = ["PROTOCOLS", "ScoreError", "run_score", "score_files"]
 
+SCHEMA = 2
 PACKAGES = ("med-glip", "numpy", "scipy", "pycocoevalcap", "faster-coco-eval", "rapidfuzz")
+NOTICE = "Research use only; not a medical device."
+
+Results = dict[str, Any]
 
 
-def _text(predictions: Mapping[str, str], rows: Sequence[Mapping]) -> dict[str, Any]:
+def _text(predictions: Mapping[str, str], rows: Sequence[Mapping]) -> Results:
     return text_scores(predictions, {row["sample_id"]: row["references"] for row in rows}, _patients(rows))
 
 
-def _findings(predictions: Mapping[str, str], rows: Sequence[Mapping]) -> dict[str, Any]:
-    return finding_scores(predictions, {row["sample_id"]: row["references"][0] for row in rows}, _patients(rows))
+def _findings(predictions: Mapping[str, str], rows: Sequence[Mapping]) -> Results:
+    return finding_scores(predictions, _first_references(rows), _patients(rows))
 
 
-def _coco(regions: RegionFiles) -> dict[str, Any]:
-    return grounding_scores(regions.predictions, regions.references, regions.patients, coco=regions.coco)
+def _coco(regions: RegionFiles) -> Results:
+    scores = grounding_scores(regions.predictions, regions.references, regions.patients, coco=regions.coco)
+    return scores | {"by_source": scores_by_source(regions)} if regions.sources else scores
 
 
-PROTOCOLS: dict[str, dict[str, Callable[..., dict[str, Any]]]] = {
+PROTOCOLS: dict[str, dict[str, Callable[..., Results]]] = {
     "vqa": {"strict": vqa_accuracy},
     "report": {"text": _text, "findings": _findings},
     "grounding": {"coco": _coco},
@@ -61,46 +69,109 @@ def score_files(
     references: str | Path,
     protocols: Sequence[str] = (),
     out: str | Path | None = None,
-) -> dict[str, Any]:
+    train: str | Path | None = None,
+) -> Results:
     """Scores a file of predictions and writes `out` (JSON, whole or not at all).
 
-    task: "vqa", "report" or "grounding". protocols: names out of PROTOCOLS[task]; none means all.
-    A missing prediction counts as wrong; missing, extra and empty ids are listed in the answer under "checks".
-    Returns what is written, with Scores as objects: {"task", "files", "checks", "protocols": {name: ...}, "seed",
-    "resamples", "versions"}. Raises ScoreError naming file, row and remedy.
+    task: "vqa", "report" or "grounding". protocols: names out of PROTOCOLS[task]; none means all. train: the training
+    set, in the form of the references, to look for what the test set shares with it.
+    A missing prediction counts as wrong; missing, extra, empty and repeated samples are listed under "checks".
+    Returns what is written, with Scores as objects: {"schema", "task", "files", "checks", "clusters": {sample_id: number
+    of its patient}, "baselines", "protocols": {name: ...}, "seed", "resamples", "versions"}. Raises ScoreError naming
+    file, row and remedy.
     """
     chosen = _chosen(task, protocols)
-    checks, arguments = _INPUTS[task](predictions, references)
-    results: dict[str, Any] = {
+    if train is not None and task == "grounding":
+        raise ScoreError("--train is for vqa and report; `medglip data audit` compares region stores")
+    training = None if train is None else read_training(train)
+    checks, clusters, arguments = _INPUTS[task](predictions, references, training)
+    scores = {name: PROTOCOLS[task][name](*arguments) for name in chosen}
+    if training is not None:
+        _split_by_training(scores, checks, arguments[1])
+    paths = {"predictions": predictions, "references": references} | ({} if train is None else {"training": train})
+    numbers = {cluster: k for k, cluster in enumerate(sorted(set(clusters.values())))}
+    results: Results = {
+        "schema": SCHEMA,
         "task": task,
-        "files": {
-            name: _fingerprint(path) for name, path in (("predictions", predictions), ("references", references))
-        },
+        "files": {name: _fingerprint(path) for name, path in paths.items()},
         "checks": checks,
-        "protocols": {name: PROTOCOLS[task][name](*arguments) for name in chosen},
+        "clusters": {key: numbers[cluster] for key, cluster in sorted(clusters.items())},
+        "baselines": _baselines(arguments[1], training) if task == "vqa" else {},
+        "protocols": scores,
         "seed": SEED,
         "resamples": RESAMPLES,
         "versions": {name: _version(name) for name in PACKAGES},
     }
     if out is not None:
-        _write(Path(out), results)
+        _write(Path(out), to_json(results), "--out")
     return results
 
 
 def run_score(args: Namespace) -> int:
-    """The command: args has task, predictions, references, protocol (list or None) and out (or None). Returns 0."""
-    results = score_files(args.task, args.predictions, args.references, args.protocol or (), args.out)
-    console = Console()
-    for name, scores in results["protocols"].items():
-        tokens = f", tokens {scores['tokenizer']}" if "tokenizer" in scores else ""
-        console.print(score_table(f"{args.task}, protocol {name}{tokens}", scores))
-    for name, ids in results["checks"].items():
+    """The command: args has task, predictions, references, protocol (list or None), out, and where they are wanted
+    train, markdown, html and images. Returns 0."""
+    train, markdown, page = (getattr(args, name, None) for name in ("train", "markdown", "html"))
+    results = score_files(args.task, args.predictions, args.references, args.protocol or (), args.out, train)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for title, columns, rows in tables(results):
+        console.print(as_rich(title, columns, rows))
+    for line in check_lines(results["checks"]):
+        console.print(escape(line))
+    if markdown:
+        _write(Path(markdown), to_markdown(results), "--markdown")
+    if page:
+        from eval.page import write_page
+
+        write_page(page, results, args.predictions, args.references, getattr(args, "images", None))
+    for path in filter(None, (args.out, markdown, page)):
+        console.print(f"written: {escape(str(path))}")
+    return 0
+
+
+def tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, columns, rows): VQA protocols side by side; those of the other tasks one after another, never mixed."""
+    task, protocols = results["task"], results["protocols"]
+    if task == "vqa":
+        beside = [("baselines, without the image", *score_rows(results["baselines"]))] if results["baselines"] else []
+        return [(f"vqa, protocols {', '.join(protocols)}", *protocol_rows(protocols)), *beside]
+    return [(f"{task}, protocol {name}{_tokens(scores)}", *score_rows(scores)) for name, scores in protocols.items()]
+
+
+def check_lines(checks: Mapping[str, Sequence[str]]) -> list[str]:
+    """One line for each kind of odd sample: how many, what it means, and the first ids."""
+    lines = []
+    for name, ids in checks.items():
         if ids:
             shown = ", ".join(ids[:5]) + (" ..." if len(ids) > 5 else "")
-            console.print(f"{len(ids)} {name}: {escape(shown)}")
-    if args.out:
-        console.print(f"written: {escape(str(args.out))}")
-    return 0
+            lines.append(f"{len(ids)} {name} ({MEANING[name]}): {shown}")
+    return lines
+
+
+def to_json(results: Results) -> str:
+    """The form of scores.json: indented, but one line a sample, so that a column of 100,000 stays readable and quick."""
+    return _layout(plain(results), "") + "\n"
+
+
+def to_markdown(results: Results) -> str:
+    """All tables and checks in Markdown, with the fingerprints of the files."""
+    parts = [f"# Scores: {results['task']}", "", NOTICE, ""]
+    parts += [as_markdown(*table) for table in tables(results)]
+    parts += [f"- {line}" for line in check_lines(results["checks"])] or ["- Checks: nothing odd."]
+    parts += [f"- {name}: `{file['path']}`, sha256 `{file['sha256'][:16]}`" for name, file in results["files"].items()]
+    versions = ", ".join(f"{name} {found}" for name, found in results["versions"].items() if found)
+    parts += [f"- Intervals: 95 %, {results['resamples']} bootstrap resamples of patients, seed {results['seed']}."]
+    return "\n".join([*parts, f"- {versions}", ""])
+
+
+def _layout(value: Any, indent: str) -> str:
+    inner = indent + " "
+    if isinstance(value, dict) and value:
+        rows = [f"{inner}{json.dumps(key, ensure_ascii=False)}: {_layout(v, inner)}" for key, v in value.items()]
+        return "{\n" + ",\n".join(rows) + f"\n{indent}}}"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+        return "[\n" + ",\n".join(inner + encode(row) for row in value) + f"\n{indent}]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _chosen(task: str, protocols: Sequence[str]) -> list[str]:
@@ -112,37 +183,57 @@ def _chosen(task: str, protocols: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(protocols)) or list(PROTOCOLS[task])
 
 
-def _vqa_input(predictions: str | Path, references: str | Path) -> tuple[dict[str, list[str]], tuple]:
-    return _text_input(predictions, read_questions(references))
+Checked = tuple[dict[str, list[str]], dict[str, str], tuple]  # checks, clusters, what a protocol is called with
 
 
-def _report_input(predictions: str | Path, references: str | Path) -> tuple[dict[str, list[str]], tuple]:
-    return _text_input(predictions, read_reports(references))
+def _vqa_input(predictions: str | Path, references: str | Path, training: Sequence[Mapping] | None) -> Checked:
+    return _text_input(predictions, read_questions(references), training)
 
 
-def _text_input(predictions: str | Path, rows: Sequence[Mapping]) -> tuple[dict[str, list[str]], tuple]:
+def _report_input(predictions: str | Path, references: str | Path, training: Sequence[Mapping] | None) -> Checked:
+    return _text_input(predictions, read_reports(references), training)
+
+
+def _text_input(predictions: str | Path, rows: Sequence[Mapping], training: Sequence[Mapping] | None) -> Checked:
     said = read_predictions(predictions)
-    checks = check_ids(said, [row["sample_id"] for row in rows], predictions)
-    checks["empty"] = sorted(key for key, text in said.items() if not text.strip())
-    return checks, (said, rows)
+    return check_samples(said, rows, predictions, training), _patients(rows), (said, rows)
 
 
-def _region_input(predictions: str | Path, references: str | Path) -> tuple[dict[str, list[str]], tuple]:
+def _region_input(predictions: str | Path, references: str | Path, training: Sequence[Mapping] | None) -> Checked:
     regions = read_region_files(predictions, references)
     checks = check_ids(regions.predictions, list(regions.references), predictions)
     checks["empty"] = sorted(key for key, found in regions.predictions.items() if not len(found))
-    return checks, (regions,)
+    return checks, {key: regions.patients.get(key, key) for key in regions.references}, (regions,)
 
 
-_INPUTS: dict[str, Callable[..., tuple[dict[str, list[str]], tuple]]] = {
+_INPUTS: dict[str, Callable[..., Checked]] = {
     "vqa": _vqa_input,
     "report": _report_input,
     "grounding": _region_input,
 }
 
 
+def _split_by_training(scores: Results, checks: Mapping[str, Sequence[str]], rows: Sequence[Mapping]) -> None:
+    for results in scores.values():
+        overall = results.get("overall")
+        if isinstance(overall, Score) and overall.per_sample:
+            results["by_training"] = scores_by_training(overall, checks, rows)
+
+
+def _baselines(rows: Sequence[Mapping], training: Sequence[Mapping] | None) -> Results:
+    return {}
+
+
 def _patients(rows: Sequence[Mapping]) -> dict[str, str]:
     return {row["sample_id"]: cluster_of(row) for row in rows}
+
+
+def _first_references(rows: Sequence[Mapping]) -> dict[str, str]:
+    return {row["sample_id"]: row["references"][0] for row in rows}
+
+
+def _tokens(scores: Mapping[str, Any]) -> str:
+    return f", tokens {scores['tokenizer']}" if "tokenizer" in scores else ""
 
 
 def _fingerprint(path: str | Path) -> dict[str, str]:
@@ -156,9 +247,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _write(out: Path, results: Mapping[str, Any]) -> None:
-    text = json.dumps(plain(dict(results)), indent=2, ensure_ascii=False, allow_nan=False)
+def _write(out: Path, text: str, option: str) -> None:
     try:
-        write_atomic(out, text + "\n")
+        write_atomic(out, text)
     except OSError as error:
-        raise ScoreError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+        raise ScoreError(f"{out}: cannot be written ({error.strerror}); choose another {option}") from None

@@ -1,6 +1,6 @@
 """What a metric returns, and how it refuses."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 
@@ -32,10 +32,8 @@ class Score:
 
     def to_dict(self, per_sample: bool = True) -> dict[str, Any]:
         """The JSON form; `per_sample=False` leaves the long column out."""
-        row = asdict(self)
-        if not per_sample:
-            del row["per_sample"]
-        return row
+        # Not asdict(): it copies every row of a column of 100,000.
+        return {f.name: getattr(self, f.name) for f in fields(self) if per_sample or f.name != "per_sample"}
 
     def __str__(self) -> str:
         """ "0.812 [0.774, 0.846]", or "undefined (reason)"."""

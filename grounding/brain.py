@@ -22,7 +22,7 @@ from pycocotools import mask as rle
 from scipy import ndimage
 
 from grounding.images import slice_volume
-from grounding.labels import load_label_tree
+from grounding.labels import LabelTree, load_label_tree
 from grounding.lesions import Lesion, add_lesion, draw_attributes, smallest_diameter
 from grounding.store import write_store
 from grounding.types import GroundingSample, RegionSet
@@ -288,7 +288,15 @@ def _labelled(slivers: set[int], sided: bool) -> tuple[str, ...]:
     tree = load_label_tree()
     unsure = {_label(value, sided) for value in slivers}
     unsure |= {wider for id in unsure for wider in tree.broader(id)}
-    return tuple(id for id in tree.ids if id.startswith("brain") and id not in unsure)
+    return tuple(id for id in _annotated(tree) if id not in unsure)
+
+
+def _annotated(tree: LabelTree) -> tuple[str, ...]:
+    """What is drawn and generated here: the brain, `STRUCTURES`, and the finding "lesion" in each of them. The tree
+    knows more of the brain."""
+    known = {"", "lesion", *STRUCTURES}
+    ids = (id for id in tree.ids if id.partition("/")[0] == "brain" and (id + "/").split("/")[1] in known)
+    return tuple(id for id in ids if tree.nodes[id].finding in (None, "lesion"))
 
 
 def build_brain(out: Path, split: str, n: int, seed: int, progress: Callable[[int], None] | None = None) -> None:

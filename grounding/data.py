@@ -20,6 +20,7 @@ from grounding.store import Store
 from grounding.types import GroundingSample
 
 MASK_STRIDE = 4
+VISIBLE = ("brightness", "margin", "shape", "texture")  # attributes that become phrases; others say how, when or who
 
 
 @dataclass(frozen=True)
@@ -33,32 +34,34 @@ class PhraseTarget:
 
 
 def phrase_targets(store: Store, tree: LabelTree) -> list[PhraseTarget]:
-    """Every label of the store's regions with its broader ones, and every attribute value of its findings."""
-    labels: set[str] = set()
-    attributes: set[tuple[str, str, str]] = set()
-    for k in range(len(store)):
-        regions = store[k].regions
-        for label, values in zip(regions.labels, regions.attributes or [{}] * len(regions), strict=True):
-            labels |= {label, *tree.broader(label)}
-            attributes |= {(_root_finding(label, tree), *item) for item in values.items()}
+    """Every label of the store's regions with its broader ones, free phrases, and how its findings look."""
+    used, attributes = store.labels_with_attributes()
+    labels = {x for label in used for x in (label, *broader(label, tree))}
     targets = [
         PhraseTarget((tree.phrase(label), *tree.synonyms(label)), label) for label in tree.ids if label in labels
     ]
+    targets += [PhraseTarget((label,), label) for label in sorted(labels - tree.nodes.keys())]
+    attributes = {(_root_finding(x, tree), name, value) for x, name, value in attributes if name in VISIBLE}
     for label, name, value in sorted(attributes):
         leaf = label.rsplit("/", 1)[1].replace("_", " ")
         targets.append(PhraseTarget((f"{value} {leaf}",), label, (name, value)))
     return targets
 
 
+def broader(label: str, tree: LabelTree) -> list[str]:
+    """`LabelTree.broader`; of a free phrase, nothing."""
+    return tree.broader(label) if label in tree.nodes else []
+
+
 def _root_finding(label: str, tree: LabelTree) -> str:
     """``brain/frontal_lobe/lesion`` → ``brain/lesion``."""
-    return [label, *tree.broader(label)][-1]
+    return [label, *broader(label, tree)][-1]
 
 
 def vocabulary(targets: Sequence[PhraseTarget], tree: LabelTree) -> tuple[str, ...]:
     """The label ids looked for when nobody asks: places, and findings as such; geometry says where a finding is."""
     labels = [target.label for target in targets if target.attribute is None]
-    return tuple(x for x in labels if not tree.is_finding(x) or _root_finding(x, tree) == x)
+    return tuple(x for x in labels if x not in tree.nodes or not tree.is_finding(x) or _root_finding(x, tree) == x)
 
 
 def narrower_pairs(targets: Sequence[PhraseTarget], tree: LabelTree) -> torch.Tensor:
@@ -66,7 +69,7 @@ def narrower_pairs(targets: Sequence[PhraseTarget], tree: LabelTree) -> torch.Te
     plain = {target.label: k for k, target in enumerate(targets) if target.attribute is None}
     pairs = []
     for k, target in enumerate(targets):
-        wider = [target.label] if target.attribute else tree.broader(target.label)[:1]
+        wider = [target.label] if target.attribute else broader(target.label, tree)[:1]
         pairs += [(k, plain[label]) for label in wider if label in plain]
     return torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
 
@@ -77,13 +80,13 @@ def sibling_groups(targets: Sequence[PhraseTarget], tree: LabelTree) -> list[lis
     for k, target in enumerate(targets):
         if target.attribute:
             groups.setdefault((target.label, target.attribute[0]), []).append(k)
-        elif tree.laterality(target.label):
-            groups.setdefault((tree.broader(target.label)[0],), []).append(k)
+        elif (wider := broader(target.label, tree)) and tree.laterality(target.label):
+            groups.setdefault((wider[0],), []).append(k)
     return [group for group in groups.values() if len(group) > 1]
 
 
 def _names(label: str, values: dict, target: PhraseTarget, tree: LabelTree) -> bool:
-    fits = target.label == label or target.label in tree.broader(label)
+    fits = target.label == label or target.label in broader(label, tree)
     return fits and (target.attribute is None or values.get(target.attribute[0]) == target.attribute[1])
 
 

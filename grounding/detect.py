@@ -52,16 +52,25 @@ class Grounder:
     def config(self) -> MedGLIPConfig:
         return self.model.config
 
-    def resolve(self, phrases: Sequence[str]) -> list[tuple[str, str | None]]:
+    def modality(self, given: str | None) -> str | None:
+        """``given``, else the one modality that the checkpoint was trained on; None where it has several."""
+        return given or (self.config.modalities[0] if len(self.config.modalities) == 1 else None)
+
+    def resolve(self, phrases: Sequence[str], modality: str | None = None) -> list[tuple[str, str | None]]:
         """Phrases → (text, label id or None), negation taken out. Raises PhraseError for an unknown one."""
+        modality = self.modality(modality)
         resolved = []
         for phrase in phrases:
             text, _ = split_negation(phrase)
-            label = self.tree.find(text)
-            if label is None and text not in self.config.phrases:
+            label = self.tree.find(text, modality=modality)
+            if not self._trained_on(label) and text not in self.config.phrases:
                 self._check_known(text)
             resolved.append((text, label))
         return resolved
+
+    def _trained_on(self, label: str | None) -> bool:
+        """Whether the checkpoint has a label, or a broader one; the tree has more than any one checkpoint."""
+        return label is not None and not {label, *self.tree.broader(label)}.isdisjoint(self.config.vocabulary)
 
     def _check_known(self, phrase: str) -> None:
         if not normalise(phrase):
@@ -257,10 +266,11 @@ class Grounder:
     def given(self, images: Sequence[np.ndarray], regions: Sequence[RegionSet]) -> list[RegionTokens]:
         """Region tokens of regions from elsewhere: annotations, another program, a radiologist."""
         out, boxes = self._forward(images, [self.config.phrases[0]], None)
-        rows = []
+        modality, rows = self.modality(None), []
         for k, (one, box) in enumerate(zip(regions, boxes, strict=True)):
             scores = np.ones(len(one), np.float32) if one.scores is None else one.scores
-            one = dataclasses.replace(one, scores=scores, labels=[self.tree.find(x) or x for x in one.labels])
+            labels = [self.tree.find(x, modality=modality) or x for x in one.labels]
+            one = dataclasses.replace(one, scores=scores, labels=labels)
             one = dataclasses.replace(one, labels=attach_findings(one, self.tree))
             rows.append(self.tokens_of(out, k, self._most_important(one), box))
         return rows

@@ -1,72 +1,88 @@
 """Reading a medical image file, and preparing its pixels for a network.
 
-Three kinds of file: a picture (PNG, JPEG, TIFF, BMP), DICOM, and one slice of a NIfTI volume (`vol.nii.gz@axial:87`).
-Where a file holds several frames one is chosen by `file.dcm@frame:3`; indices count from 0. The pixels that
-`read_image` returns are what every normalised box in the framework refers to.
+Three kinds of file: a picture (PNG, JPEG, TIFF, BMP), DICOM (see grounding.dicom_image), and one slice of a NIfTI
+volume (`vol.nii.gz@axial:87`). Where a file holds several frames one is chosen by `file.dcm@frame:3`; indices count
+from 0. The pixels that `read_image` returns are what every normalised box in the framework refers to: a picture after
+its EXIF orientation, a DICOM frame as stored, a slice as `slice_volume` displays it.
+
+Greys of more than 8 bits are scaled by their 0.5 and 99.5 percentiles, not by their upper byte: such files mostly hold
+10 to 14 bits, and the upper byte of those is black. Colours of 16 bits keep their upper byte.
 
 Dimension key: H, W the image as read; S side of the square network input; I, J, K a volume in RAS+ order (axis 0 grows
 to the patient's right, 1 to anterior, 2 to superior).
 """
 
+import gzip
 import io
+import math
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar, cast
 
 import nibabel as nib
 import numpy as np
-import pydicom
-import torch
-from PIL import Image, ImageOps
-from pydicom.dataset import Dataset
-from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, pixel_array
+from nibabel.arrayproxy import ArrayProxy
+from PIL import Image
 
-MAX_PIXELS = 64_000_000  # of one picture or frame; far above any clinical image, far below what fills the memory
+from grounding.dicom_image import MODALITIES, read_dicom
+from grounding.pixels import (
+    MAX_PIXELS,
+    WINDOWS,
+    ImageError,
+    MedicalImage,
+    check_size,
+    choose_frame,
+    grey_if_equal,
+    preset_limits,
+    thin,
+    to_uint8,
+    window_limits,
+)
+
+__all__ = [
+    "DICOM_SUFFIXES",
+    "MAX_PIXELS",
+    "MODALITIES",
+    "WINDOWS",
+    "ImageError",
+    "Letterbox",
+    "MedicalImage",
+    "preset_limits",
+    "read_image",
+    "slice_spacing",
+    "slice_volume",
+    "to_pixel_values",
+    "to_uint8",
+    "window_limits",
+]
+
 MAX_VOXELS = 600_000_000  # of one volume: 512 x 512 x 2000 passes
+MAX_HEADER = 2**26  # bytes before the voxels of a NIfTI file; extensions may lie there
+MAX_PAGES = 10_000  # of a TIFF
+SLAB = 8_000_000  # voxels that are read at a time
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}
-PERCENTILES = (0.5, 99.5)
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 PICTURES = ("PNG", "JPEG", "TIFF", "BMP")
+PICTURE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"BM")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-# DICOM PS3.3 C.7.3.1.1.1. DMS is dermoscopy proper; older files carry it as XC, a photograph.
-MODALITIES = {
-    "MR": "mri",
-    "CT": "ct",
-    "CR": "xray",
-    "DX": "xray",
-    "MG": "xray",
-    "RF": "xray",
-    "XA": "xray",
-    "US": "ultrasound",
-    "OP": "fundus",
-    "ES": "endoscopy",
-    "DMS": "dermoscopy",
-    "XC": "dermoscopy",
-    "SM": "microscopy",
-    "GM": "microscopy",
+# EXIF 2.32, 4.6.4 A: what brings the stored picture upright.
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 
-Boxes = TypeVar("Boxes", np.ndarray, torch.Tensor)
-
-
-class ImageError(ValueError):
-    """An image that cannot be read: one line with the file and the remedy."""
-
-
-@dataclass(frozen=True)
-class MedicalImage:
-    """One decoded image.
-
-    pixels: uint8, (H, W) grey or (H, W, 3) RGB. spacing: millimetres per pixel (row, column). modality: the framework's
-    name (`mri`, `xray`, ...). The last two are None where the file does not say.
-    """
-
-    pixels: np.ndarray
-    spacing: tuple[float, float] | None = None
-    modality: str | None = None
+if TYPE_CHECKING:  # torch takes seconds and 200 MB, which who only reads pictures need not pay
+    import torch
+Boxes = TypeVar("Boxes", np.ndarray, "torch.Tensor")
 
 
 @dataclass(frozen=True)
@@ -97,32 +113,52 @@ class Letterbox:
     def _affine(self, boxes: Boxes) -> tuple[Boxes, Boxes]:
         top, left, height, width = (side / self.size for side in self.content)
         scale, shift = [width, height, width, height], [left, top, left, top]
-        if isinstance(boxes, torch.Tensor):
-            return boxes.new_tensor(scale), boxes.new_tensor(shift)
-        return np.asarray(scale, boxes.dtype), np.asarray(shift, boxes.dtype)
+        if isinstance(boxes, np.ndarray):
+            return np.asarray(scale, boxes.dtype), np.asarray(shift, boxes.dtype)
+        return boxes.new_tensor(scale), boxes.new_tensor(shift)
 
 
-def read_image(source: str | Path | bytes) -> MedicalImage:
+def read_image(source: str | Path | bytes, window: str | None = None) -> MedicalImage:
     """Decode a picture, a DICOM file or a NIfTI slice, from a path or (not NIfTI) from the file's bytes.
 
+    `window`: a name in `WINDOWS`, for CT in DICOM or NIfTI. Without one a DICOM file is shown through its own window,
+    and a volume through the percentiles of all its voxels.
+
     Raises:
-        ImageError: missing, empty, truncated, oversized or unknown file; a volume or multi-frame file without a choice.
+        ImageError: missing, empty, truncated, oversized or unknown file; a volume or multi-frame file without a choice;
+            an unknown window, or one for what is not CT.
     """
+    limits = None if window is None else preset_limits(window)
     name, path, kind, index = _locate(source)
     try:
-        if path is not None and path.name.lower().endswith((".nii", ".nii.gz")):
-            return _read_nifti(path, kind, index)
-        if kind in PLANES:
-            raise ImageError(f"@{kind} chooses a slice of a NIfTI volume; give the picture's path alone")
-        data = source if isinstance(source, bytes) else path.read_bytes()
-        if data[128:132] == b"DICM" or (path is not None and path.suffix.lower() in DICOM_SUFFIXES):
-            return _read_dicom(data, index)
-        return MedicalImage(_read_picture(data, index))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the decoders remark on every oddity, at times with a patient's name
+            if path is not None and path.name.lower().endswith((".nii", ".nii.gz")):
+                return _read_nifti(path, kind, index, limits)
+            if kind in PLANES:
+                raise ImageError(f"@{kind} chooses a slice of a NIfTI volume; give the picture's path alone")
+            with io.BytesIO(source) if isinstance(source, bytes) else cast(Path, path).open("rb") as stream:
+                return _read_stream(stream, path, index, limits)
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{name}: more than {MAX_PIXELS:,} pixels; crop or downsample it first") from None
     except Exception as error:  # on a broken file the decoders raise nearly anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [""])[0].strip() or type(error).__name__
         raise ImageError(f"{name}: cannot be decoded ({reason}); export it again, or convert it to PNG") from error
+
+
+def _read_stream(
+    stream: BinaryIO, path: Path | None, index: int | None, limits: tuple[float, float] | None
+) -> MedicalImage:
+    start = stream.read(132)
+    stream.seek(0)
+    named_dicom = path is not None and path.suffix.lower() in DICOM_SUFFIXES
+    if start[128:] == b"DICM" or (named_dicom and not start.startswith(PICTURE_STARTS)):
+        return read_dicom(stream, index, limits)
+    if limits is not None:
+        raise ImageError("a picture holds no Hounsfield units; leave the window out")
+    return MedicalImage(_read_picture(stream, index))
 
 
 def slice_volume(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
@@ -132,7 +168,7 @@ def slice_volume(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
     sagittal: (K, J), superior up, anterior on the image's left. `index` counts voxels from 0 along the plane's axis.
     """
     # The display convention is the same for all three planes: the later axis becomes the rows, and both run downwards.
-    return volume.take(index, axis=PLANES[plane]).T[::-1, ::-1]
+    return np.moveaxis(volume, PLANES[plane], 0)[index].T[::-1, ::-1]
 
 
 def slice_spacing(zooms: tuple[float, float, float], plane: str) -> tuple[float, float]:
@@ -141,28 +177,13 @@ def slice_spacing(zooms: tuple[float, float, float], plane: str) -> tuple[float,
     return rows, columns
 
 
-def window_limits(values: np.ndarray) -> tuple[float, float]:
-    """Percentiles 0.5 and 99.5 of the finite, non-zero values; 0 is background. (0, 1) if there are none."""
-    foreground = values[np.isfinite(values) & (values != 0)]
-    if not foreground.size:
-        return 0.0, 1.0
-    low, high = np.percentile(foreground, PERCENTILES)
-    if low == high:  # nearly one value only, as in a mask: the window then spans all, with the background
-        low, high = min(foreground.min(), 0), max(foreground.max(), 0)
-    return float(low), float(high)
-
-
-def to_uint8(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Map [low, high] linearly to 0..255, clipped; not-a-number becomes 0."""
-    scaled = (np.asarray(values, np.float32) - low) / max(high - low, 1e-6)
-    return np.rint(np.clip(np.nan_to_num(scaled, posinf=1, neginf=0), 0, 1) * 255).astype(np.uint8)
-
-
-def to_pixel_values(pixels: np.ndarray, size: int) -> tuple[torch.Tensor, Letterbox]:
+def to_pixel_values(pixels: np.ndarray, size: int) -> "tuple[torch.Tensor, Letterbox]":
     """uint8 (H, W) or (H, W, 3) -> float32 (3, S, S) and where the image lies in it.
 
     Bilinear with antialiasing, aspect kept, centred on black, then ImageNet mean and standard deviation.
     """
+    import torch
+
     pixels = np.asarray(pixels)
     box = Letterbox.fit(pixels.shape[:2], size)
     top, left, height, width = box.content
@@ -179,8 +200,17 @@ def _locate(source: str | Path | bytes) -> tuple[str, Path | None, str | None, i
         if not source:
             raise ImageError("image bytes: empty (0 bytes); read the file again")
         return "image bytes", None, None, None
+    try:
+        return _locate_file(source)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"{source}: cannot be opened ({error}); give the path of an image") from None
+
+
+def _locate_file(source: str | Path) -> tuple[str, Path | None, str | None, int | None]:
     path, kind, index = Path(source), None, None
-    chosen = re.fullmatch(r"(.+)@(\w+):(-?\d+)", str(source))
+    chosen = re.fullmatch(r"(.+)@(\w+):(-?\d{1,9})", str(source))
     if chosen and not path.exists():
         path, kind, index = Path(chosen[1]), chosen[2], int(chosen[3])
         if kind not in (*PLANES, "frame"):
@@ -195,21 +225,37 @@ def _locate(source: str | Path | bytes) -> tuple[str, Path | None, str | None, i
 # Pictures
 
 
-def _read_picture(data: bytes, frame: int | None) -> np.ndarray:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
+def _read_picture(stream: BinaryIO, frame: int | None) -> np.ndarray:
+    try:
+        image = Image.open(stream, formats=PICTURES)
+    except Image.UnidentifiedImageError:
+        raise ImageError("not an image this program reads; use PNG, JPEG, TIFF, BMP, DICOM or NIfTI") from None
+    check_size(*image.size)
+    if image.format == "TIFF":
+        image.seek(choose_frame(frame, _count_pages(image)))
+        check_size(*image.size)
+    else:
+        choose_frame(frame, 1)
+    return _picture_pixels(_upright(image))
+
+
+def _count_pages(image: Image.Image) -> int:
+    """As `image.n_frames`, but it ends: a small file can chain pages for minutes."""
+    for page in range(1, MAX_PAGES):
         try:
-            image = Image.open(io.BytesIO(data), formats=PICTURES)
-        except Image.DecompressionBombError:
-            raise ImageError(f"more than {MAX_PIXELS:,} pixels; crop or downsample it first") from None
-        except Image.UnidentifiedImageError:
-            raise ImageError("not an image this program reads; use PNG, JPEG, TIFF, BMP, DICOM or NIfTI") from None
-    _check_size(*image.size)
-    frame = _choose(frame, image.n_frames if image.format == "TIFF" else 1)
-    if frame:
-        image.seek(frame)
-        _check_size(*image.size)
-    return _picture_pixels(ImageOps.exif_transpose(image))
+            image.seek(page)
+        except EOFError:
+            return page
+    raise ImageError(f"holds more than {MAX_PAGES:,} pages; split it first")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # a TIFF is turned by this already, and then states no orientation
+    try:
+        turn = UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # broken EXIF data raise nearly anything; viewers then show the picture as it is
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _picture_pixels(image: Image.Image) -> np.ndarray:
@@ -219,132 +265,79 @@ def _picture_pixels(image: Image.Image) -> np.ndarray:
         return to_uint8(values, *window_limits(values))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
-    return _grey_if_equal(np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")))
-
-
-def _grey_if_equal(pixels: np.ndarray) -> np.ndarray:
-    """A grey image saved as RGB has one channel's worth of information: return (H, W)."""
-    if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
-        pixels = pixels[..., 0]
-    return np.ascontiguousarray(pixels)
-
-
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels; crop or downsample it first")
-
-
-def _choose(index: int | None, count: int) -> int:
-    """The frame to read: the only one, or the one that was asked for."""
-    if index is None and count > 1:
-        raise ImageError(f"holds {count} frames; choose one, for example FILE@frame:{count // 2}")
-    if not 0 <= (index or 0) < count:
-        raise ImageError(f"frame {index} does not exist; choose one from 0 to {count - 1}")
-    return index or 0
-
-
-# DICOM
-
-
-def _read_dicom(data: bytes, index: int | None) -> MedicalImage:
-    dataset = pydicom.dcmread(io.BytesIO(data), force=True)
-    if "PixelData" not in dataset or "Rows" not in dataset or "Columns" not in dataset:
-        raise ImageError("DICOM without pixels (a report, a plan or a broken file); give an image object")
-    _check_size(int(dataset.Columns), int(dataset.Rows))
-    frame = _choose(index, int(dataset.get("NumberOfFrames") or 1))
-    modality = MODALITIES.get(str(dataset.get("Modality", "")))
-    return MedicalImage(_dicom_pixels(dataset, frame), _dicom_spacing(dataset, frame), modality)
-
-
-def _dicom_pixels(dataset: Dataset, frame: int) -> np.ndarray:
-    raw = _decode_frame(dataset, frame)
-    if dataset.PhotometricInterpretation == "PALETTE COLOR":
-        raw = apply_color_lut(raw, dataset)
-    if raw.ndim == 3:
-        return _grey_if_equal(raw if raw.dtype == np.uint8 else to_uint8(raw, 0, np.iinfo(raw.dtype).max))
-    pixels = _dicom_grey(dataset, frame, raw)
-    return 255 - pixels if dataset.PhotometricInterpretation == "MONOCHROME1" else pixels
-
-
-def _decode_frame(dataset: Dataset, frame: int) -> np.ndarray:
-    """Stored values (H, W) or RGB (H, W, 3); YBR colour is converted by pydicom."""
-    if "TransferSyntaxUID" not in dataset.file_meta:
-        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian  # DICOM's default
-    try:
-        return pixel_array(dataset, index=frame)
-    except (RuntimeError, NotImplementedError):
-        syntax = dataset.file_meta.TransferSyntaxUID.name
-        remedy = "pip install 'pylibjpeg[all]', or convert the file with gdcmconv --raw"
-        raise ImageError(f"no decoder for {syntax}; {remedy}") from None
-
-
-def _dicom_grey(dataset: Dataset, frame: int, raw: np.ndarray) -> np.ndarray:
-    """Stored values (H, W) -> uint8: rescale, then the file's window, else percentiles (PS3.3 C.11.1 and C.11.2)."""
-    values = apply_modality_lut(raw, _frame_group(dataset, frame, "PixelValueTransformationSequence", "RescaleSlope"))
-    if dataset.get("VOILUTSequence"):
-        bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
-        return to_uint8(apply_voi(values.astype(np.int64), dataset), 0, 2**bits - 1)
-    voi = _frame_group(dataset, frame, "FrameVOILUTSequence", "WindowCenter")
-    center, width = _first(voi.get("WindowCenter")), _first(voi.get("WindowWidth"))
-    if center is not None and width is not None and width > 1:
-        return _window(values, center, width, str(voi.get("VOILUTFunction") or "LINEAR"))
-    # Padding is not tissue: as values it would set the window.
-    known = raw != dataset.PixelPaddingValue if "PixelPaddingValue" in dataset else np.ones(raw.shape, bool)
-    low, high = np.percentile(values[known] if known.any() else values, PERCENTILES)
-    return to_uint8(values, low, high)
-
-
-def _window(values: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
-    """PS3.3 C.11.2.1.2 and C.11.2.1.3: LINEAR counts whole values, LINEAR_EXACT is continuous, SIGMOID is soft."""
-    if function == "SIGMOID":
-        return to_uint8(1 / (1 + np.exp(-4 * (values.astype(np.float64) - center) / width)), 0, 1)
-    if function == "LINEAR":
-        center, width = center - 0.5, width - 1
-    return to_uint8(values, center - width / 2, center + width / 2)
-
-
-def _dicom_spacing(dataset: Dataset, frame: int) -> tuple[float, float] | None:
-    """(row, column) in mm; a projection without PixelSpacing states it at the detector."""
-    measures = _frame_group(dataset, frame, "PixelMeasuresSequence", "PixelSpacing")
-    spacing = measures.get("PixelSpacing") or dataset.get("ImagerPixelSpacing")
-    if not spacing or len(spacing) != 2 or min(spacing) <= 0:
-        return None
-    return float(spacing[0]), float(spacing[1])
-
-
-def _frame_group(dataset: Dataset, frame: int, sequence: str, keyword: str) -> Dataset:
-    """The data set that holds `keyword`: the file itself, or in an enhanced file the item of this or of all frames."""
-    if keyword in dataset:
-        return dataset
-    frames = dataset.get("PerFrameFunctionalGroupsSequence") or []
-    for group in [*frames[frame : frame + 1], *(dataset.get("SharedFunctionalGroupsSequence") or [])]:
-        if group.get(sequence):
-            return group[sequence][0]
-    return dataset
-
-
-def _first(value: object) -> float | None:
-    """A window may come with alternatives; the first is the default one."""
-    if value is None or value == "":
-        return None
-    return float(value[0] if isinstance(value, pydicom.multival.MultiValue) else value)
+        image = Image.new("RGB", rgba.size)
+        image.paste(rgba, mask=rgba.getchannel("A"))
+    return grey_if_equal(np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")))
 
 
 # NIfTI
 
 
-def _read_nifti(path: Path, plane: str | None, index: int | None) -> MedicalImage:
-    image = nib.as_closest_canonical(nib.load(path))
-    shape = image.shape[:3] if image.shape[3:] in ((), (1,)) else image.shape
-    if len(shape) != 3 or np.dtype(image.get_data_dtype()).names:
-        raise ImageError(f"shape {image.shape} is not one grey volume; split it into 3-D volumes first")
-    if plane not in PLANES or index is None:
-        raise ImageError(f"a volume; choose a slice, for example {path.name}@axial:{shape[2] // 2}")
-    if not 0 <= index < shape[PLANES[plane]]:
-        raise ImageError(f"{plane} slice {index} does not exist; choose one from 0 to {shape[PLANES[plane]] - 1}")
-    if np.prod(shape, dtype=np.int64) > MAX_VOXELS:
+def _read_nifti(path: Path, plane: str | None, index: int | None, limits: tuple[float, float] | None) -> MedicalImage:
+    with path.open("rb") as file:
+        # By content: a .nii.gz that is not compressed occurs, and a compressed .nii.
+        stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if file.peek(2)[:2] == b"\x1f\x8b" else file
+        header = _nifti_header(stream)
+        shape = _volume_shape(header)
+        # (3, 2): for each stored axis the RAS+ axis that it runs along, and 1 with it or -1 against it
+        orientation = nib.io_orientation(header.get_best_affine())
+        if np.isnan(orientation).any():
+            raise ImageError("its affine has no direction for an axis; write the file again with a valid one")
+        axes = [int(axis) for axis in orientation[:, 0]]
+        count = shape[axes.index(PLANES[plane])] if plane in PLANES else 0
+        if plane not in PLANES or index is None:
+            raise ImageError(f"a volume; choose a slice, for example {path.name}@axial:{shape[axes.index(2)] // 2}")
+        if not 0 <= index < count:
+            raise ImageError(f"{plane} slice {index} does not exist; choose one from 0 to {count - 1}")
+        axis = axes.index(PLANES[plane])
+        place = index if orientation[axis, 1] == 1 else count - 1 - index
+        values, sample = _scan(ArrayProxy(stream, header, mmap=False), shape, axis, place, limits is None)
+    volume = nib.apply_orientation(values, orientation)
+    pixels = to_uint8(slice_volume(volume, plane, 0), *(limits or window_limits(sample)))
+    zooms = [float(header.get_zooms()[axes.index(axis)]) for axis in range(3)]
+    spacing = slice_spacing(tuple(zooms), plane) if all(0 < zoom < 1e4 for zoom in zooms) else None
+    return MedicalImage(np.ascontiguousarray(pixels), spacing)
+
+
+def _nifti_header(stream: BinaryIO) -> nib.Nifti1Header:
+    """https://nifti.nimh.nih.gov/nifti-1/documentation and nifti-2; a header with its voxels in one file."""
+    start = stream.read(540)
+    kinds = {b"n+1\0": (nib.Nifti1Header, start[344:348], 348), b"n+2\0": (nib.Nifti2Header, start[4:8], 540)}
+    for magic, (kind, found, length) in kinds.items():
+        if found == magic:
+            header = kind(start[:length])
+            if not 0 <= header.get_data_offset() <= MAX_HEADER:
+                raise ImageError(f"its voxels start at byte {header.get_data_offset()}; write the file again")
+            return header
+    raise ImageError("not a NIfTI volume with its voxels in one file; convert it to .nii.gz, or give its real suffix")
+
+
+def _volume_shape(header: nib.Nifti1Header) -> tuple[int, int, int]:
+    """Of one grey volume that fits the limits."""
+    whole, dtype = header.get_data_shape(), header.get_data_dtype()
+    shape = whole[:3] if whole[3:] in ((), (1,)) else whole
+    if len(shape) != 3 or dtype.names or dtype.kind not in "iuf":
+        raise ImageError(f"shape {whole} of {dtype.name} is not one grey volume; split it into 3-D volumes first")
+    if math.prod(shape) > MAX_VOXELS:
         raise ImageError(f"{shape} is more than {MAX_VOXELS:,} voxels; crop or resample it first")
-    volume = np.asarray(image.dataobj, np.float32).reshape(shape)
-    pixels = to_uint8(slice_volume(volume, plane, index), *window_limits(volume))
-    return MedicalImage(np.ascontiguousarray(pixels), slice_spacing(image.header.get_zooms()[:3], plane))
+    _, side, longest = sorted(shape)
+    check_size(longest, min(shape) and side)
+    return shape
+
+
+def _scan(
+    proxy: ArrayProxy, shape: tuple[int, int, int], axis: int, place: int, sampled: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """One slice of a stored volume, float32 with 1 along `axis`; and a sample of all its voxels. Slab by slab, so that
+    neither the memory nor a compressed file is gone through twice."""
+    parts, samples = [], [np.zeros(0, np.float32)]
+    step = max(1, SLAB // (shape[0] * shape[1]))
+    for start in range(0, shape[2], step):
+        slab = np.asarray(proxy[:, :, start : start + step], np.float32).reshape(*shape[:2], -1)
+        if axis != 2:
+            parts.append(slab.take([place], axis=axis))
+        elif start <= place < start + step:
+            parts.append(slab[:, :, place - start : place - start + 1].copy())
+        if sampled:
+            samples.append(thin(slab, math.prod(shape)).copy())
+    return np.concatenate(parts, axis=2), np.concatenate(samples)

@@ -108,7 +108,8 @@ def write_coco(out: Path, rows: Sequence[tuple[GroundingSample, RegionSet]]) -> 
     images, annotations, results = [], [], []
     for number, (sample, found) in enumerate(rows, 1):
         height, width = sample.regions.image_size
-        images.append({"id": number, "file_name": sample.image_id, "height": height, "width": width})
+        about = {"patient_id": sample.patient_id, "source": sample.source, "labelled": list(sample.labelled)}
+        images.append({"id": number, "file_name": sample.image_id, "height": height, "width": width, **about})
         for annotation in sample.regions.to_coco(number, categories):
             size = annotation["bbox"][2] * annotation["bbox"][3]
             annotations.append(annotation | {"id": len(annotations) + 1, "area": size, "iscrowd": 0})

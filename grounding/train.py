@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import random
 import shutil
 import sys
 import time
@@ -21,13 +20,16 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, set_seed
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from configs import ConfigError, load_config, save_run_info, write_atomic
+from grounding.audit import check_forbidden
 from grounding.calibrate import calibrate
 from grounding.data import Collator, phrase_targets, vocabulary
 from grounding.labels import load_label_tree
 from grounding.losses import losses, total
+from grounding.mixture import Mixture
 from grounding.model import CheckpointError, MedGLIPConfig, build_model, load_checkpoint, save_checkpoint
 from grounding.store import Store, StoreError, open_store
 from grounding.text import PhraseEncoder
@@ -35,7 +37,9 @@ from grounding.text import PhraseEncoder
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """``batch_size`` is a process's. The last ``calibration`` images of the store are held out to calibrate scores."""
+    """``batch_size`` is a process's. The last ``calibration`` images of the store are held out to calibrate scores.
+    Sources are mixed with ``temperature`` (`grounding.mixture`). ``forbid``: stores that must have nothing in common
+    with this one. ``workers``: processes that read images ahead."""
 
     store: Path
     out: Path
@@ -51,6 +55,9 @@ class TrainConfig:
     image_size: int = 192
     width: int = 128
     calibration: int = 96
+    temperature: float = 2.0
+    forbid: tuple[Path, ...] = ()
+    workers: int = 0
     save_every: int = 0
     resume: bool = True
 
@@ -65,20 +72,6 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
     return 0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2
-
-
-def batch_indices(step: int, images: int, batch_size: int, world: int, rank: int, seed: int) -> list[int]:
-    """Which images a process sees at a step: epochs of seeded permutations, dealt out to the ranks in turn."""
-    first = step * batch_size * world
-    wanted = range(first + rank * batch_size, first + (rank + 1) * batch_size)
-    orders = {epoch: _permutation(epoch, images, seed) for epoch in {k // images for k in wanted}}
-    return [orders[k // images][k % images] for k in wanted]
-
-
-def _permutation(epoch: int, images: int, seed: int) -> list[int]:
-    order = list(range(images))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order
 
 
 def setup(batch_size: int, seed: int) -> Accelerator:
@@ -133,11 +126,32 @@ def cut_log(path: Path, start: int) -> None:
     write_atomic(path, "".join(row for row in rows if json.loads(row)["step"] < start))
 
 
+@dataclass(frozen=True)
+class Batches(Dataset):
+    """Step → (image ids, pixel_values, phrase texts, Targets) of this process."""
+
+    store: Store
+    collate: Collator
+    mixture: Mixture
+    batch_size: int
+    world: int
+    rank: int
+
+    def __getitem__(self, step: int):
+        indices = self.mixture.indices(step, self.batch_size, self.world, self.rank)
+        samples = [self.store[k] for k in indices]
+        return [sample.image_id for sample in samples], *self.collate(samples, step)
+
+
+def _same(batch):
+    return batch
+
+
 def fit(accelerator: Accelerator, config: TrainConfig, store: Store) -> tuple[MedGLIPConfig, dict]:
     """The loop. Returns the model's configuration and, on the main process, its state."""
     tree = load_label_tree()
     targets = phrase_targets(store, tree)
-    modalities = tuple(sorted({store[k].modality for k in range(len(store))}))
+    modalities = tuple(sorted(set(store.column("modality"))))
     model_config = MedGLIPConfig(
         trunk=config.trunk,
         image_size=config.image_size,
@@ -157,23 +171,22 @@ def fit(accelerator: Accelerator, config: TrainConfig, store: Store) -> tuple[Me
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
-    images = max(1, len(store) - config.calibration)
+    sources = store.column("source")[: max(1, len(store) - config.calibration)]
+    mixture = Mixture(sources, config.temperature, config.seed)
+    ranks = (accelerator.num_processes, accelerator.process_index)
     start = resume_step(accelerator, config.out) if config.resume else 0
+    batches = Batches(store, collate, mixture, config.batch_size, *ranks)
+    loader = DataLoader(batches, None, sampler=range(start, config.steps), num_workers=config.workers, collate_fn=_same)
     bar = tqdm(
         total=config.steps, initial=start, desc="grounding", disable=not accelerator.is_main_process, mininterval=2
     )
     log_path = config.out / "train_log.jsonl"
     if accelerator.is_main_process:
         cut_log(log_path, start)
-    for step in range(start, config.steps):
-        began = time.perf_counter()
+    began = time.perf_counter()
+    for step, (names, pixels, texts, truth) in zip(range(start, config.steps), loader, strict=True):
         for group, rate in zip(optimizer.param_groups, (config.lr, config.trunk_lr), strict=True):
             group["lr"] = rate * learning_rate(step, config.steps, config.warmup)
-        indices = batch_indices(
-            step, images, config.batch_size, accelerator.num_processes, accelerator.process_index, config.seed
-        )
-        samples = [store[k] for k in indices]
-        pixels, texts, truth = collate(samples, step)
         truth = truth.to(accelerator.device)
         one_hot = torch.nn.functional.one_hot(truth.modality, 8).float()
         known = one_hot if step % 4 else None  # every fourth step the model has to work out the modality itself
@@ -181,8 +194,9 @@ def fit(accelerator: Accelerator, config: TrainConfig, store: Store) -> tuple[Me
         parts = losses(out, truth, config.image_size)
         loss = total(parts)
         if not torch.isfinite(loss):
-            names = ", ".join(sample.image_id for sample in samples)
-            raise CheckpointError(f"step {step}: the loss is {loss.item()}; images: {names}; lower lr, or look at them")
+            raise CheckpointError(
+                f"step {step}: the loss is {loss.item()}; images: {', '.join(names)}; lower lr, or look at them"
+            )
         optimizer.zero_grad()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), config.clip)
@@ -195,6 +209,7 @@ def fit(accelerator: Accelerator, config: TrainConfig, store: Store) -> tuple[Me
                 log.write(json.dumps(row) + "\n")
             bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
             bar.update()
+            began = time.perf_counter()
         if config.save_every and (step + 1) % config.save_every == 0:
             save_state(accelerator, config.out, step + 1)
     bar.close()
@@ -209,6 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config = load_config(TrainConfig, options.config, options.overrides)
         store = open_store(config.store)
+        check_forbidden(config.store, config.forbid)
         accelerator = setup(config.batch_size, config.seed)
         config.out.mkdir(parents=True, exist_ok=True)
         model_config, state = fit(accelerator, config, store)

@@ -4,18 +4,20 @@ Dimension key: B images, N regions, D feature width, E label-vector width, H W i
 Boxes are ``xyxy``, float32, normalised to [0, 1] of the image as the user gave it.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from configs import write_atomic
+
+if TYPE_CHECKING:  # torch takes seconds and 200 MB, which who only reads a store or converts a dataset need not pay
+    import torch
 
 NOT_FOUND_LEVEL = 3  # RegionTokens.levels: 0, 1, 2 are pyramid levels, small to large
 
@@ -31,7 +33,7 @@ class RegionSet:
     boxes: (N, 4) float32 xyxy in [0, 1]. labels: N label-tree ids or free phrases. scores: (N,) float32 in [0, 1],
     None for annotations. masks: N COCO RLE ``{"size": [H, W], "counts": str}`` or None. image_size: (H, W).
     queries: what was looked for, ``[{"phrase", "label", "presence"}]``, so that "not found" is data.
-    attributes: N dicts such as ``{"margin": "sharp"}``, or None.
+    attributes: N dicts such as ``{"margin": "sharp"}``, or None. texts: N names as the source wrote them, or None.
     Raises RegionError where lengths differ, a box is not finite, inverted or outside the image.
     """
 
@@ -42,13 +44,14 @@ class RegionSet:
     masks: list[dict] | None = None
     queries: list[dict] = field(default_factory=list)
     attributes: list[dict[str, str]] | None = None
+    texts: list[str] | None = None
 
     def __post_init__(self):
         boxes = np.asarray(self.boxes, dtype=np.float32).reshape(-1, 4)
         object.__setattr__(self, "boxes", boxes)
         if self.scores is not None:
             object.__setattr__(self, "scores", np.asarray(self.scores, dtype=np.float32).reshape(-1))
-        for name in ("labels", "scores", "masks", "attributes"):
+        for name in ("labels", "scores", "masks", "attributes", "texts"):
             column = getattr(self, name)
             if column is not None and len(column) != len(boxes):
                 raise RegionError(f"{len(boxes)} boxes but {len(column)} {name}")
@@ -62,7 +65,7 @@ class RegionSet:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def select(self, indices: Sequence[int]) -> "RegionSet":
+    def select(self, indices: Sequence[int]) -> RegionSet:
         """The regions at ``indices``, in that order."""
         rows = list(indices)
 
@@ -76,10 +79,12 @@ class RegionSet:
             scores=None if self.scores is None else self.scores[rows],
             masks=take(self.masks),
             attributes=take(self.attributes),
+            texts=take(self.texts),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON: ``{"image_size", "regions": [{"box", "label", "score"?, "mask"?, "attributes"?}], "queries"}``."""
+        """JSON: ``{"image_size", "regions", "queries"}``; a region has box and label, and score, mask, attributes and
+        text where there are any."""
         regions: list[dict[str, Any]] = [
             {"box": [round(float(v), 6) for v in box], "label": label}
             for box, label in zip(self.boxes, self.labels, strict=True)
@@ -91,10 +96,12 @@ class RegionSet:
                 region["mask"] = self.masks[k]
             if self.attributes is not None:
                 region["attributes"] = self.attributes[k]
+            if self.texts is not None:
+                region["text"] = self.texts[k]
         return {"image_size": list(self.image_size), "regions": regions, "queries": self.queries}
 
     @classmethod
-    def from_dict(cls, row: Mapping[str, Any]) -> "RegionSet":
+    def from_dict(cls, row: Mapping[str, Any]) -> RegionSet:
         """Reads ``to_dict``'s form. Raises RegionError where a key is missing or a region breaks the contract."""
         try:
             regions = row["regions"]
@@ -116,6 +123,7 @@ class RegionSet:
             masks=column("mask"),
             queries=list(row.get("queries", [])),
             attributes=column("attributes"),
+            texts=column("text"),
         )
 
     def to_coco(self, image_id: int, category_ids: Mapping[str, int]) -> list[dict]:
@@ -168,7 +176,9 @@ class RegionSet:
 @dataclass(frozen=True)
 class GroundingSample:
     """One annotated image. ``labelled``: the label ids that its source annotates exhaustively; only those can be
-    negatives. ``image``: a path, or the bytes of an image file. ``spacing``: mm a pixel (row, column), None unknown."""
+    negatives. ``image``: a path, or the bytes of an image file. ``spacing``: mm a pixel (row, column), None unknown.
+    ``study_id``: what was taken in one go (study, volume or video sequence), None unknown; ``frame``: place within it,
+    so that neighbouring slices and frames can be told. ``licence``: of the image and its regions, "" unknown."""
 
     image_id: str
     patient_id: str
@@ -178,6 +188,9 @@ class GroundingSample:
     regions: RegionSet
     labelled: tuple[str, ...]
     spacing: tuple[float, float] | None = None
+    study_id: str | None = None
+    frame: int | None = None
+    licence: str = ""
 
 
 @dataclass
@@ -208,7 +221,7 @@ class RegionTokens:
     def __len__(self) -> int:
         return len(self.valid)
 
-    def rows(self, indices: Sequence[int]) -> "RegionTokens":
+    def rows(self, indices: Sequence[int]) -> RegionTokens:
         """The images at ``indices``, in that order."""
         rows = list(indices)
         return RegionTokens(
@@ -220,6 +233,8 @@ class RegionTokens:
 
 def stack_region_tokens(tokens: Sequence[RegionTokens]) -> RegionTokens:
     """Batches along B; shorter rows are padded to the longest N with valid = False, zeros and empty labels."""
+    import torch
+
     n = max(t.valid.shape[1] for t in tokens)
 
     def padded(name: str) -> torch.Tensor:
@@ -242,6 +257,9 @@ def save_region_tokens(
 ) -> None:
     """One safetensors file. ``meta`` holds what the tokens depend on (checkpoint, phrase-list and settings hashes);
     ``vocabulary`` the label vector (E) of every label that could have been found."""
+    import torch
+    from safetensors.torch import save
+
     text = {"image_ids": list(image_ids), "labels": tokens.labels, "queries": tokens.queries, "meta": dict(meta)}
     text["vocabulary"] = list(vocabulary)
     tensors = {name: getattr(tokens, name).contiguous() for name in RegionTokens.TENSORS}
@@ -253,6 +271,8 @@ def save_region_tokens(
 def load_region_tokens(path: Path) -> tuple[list[str], RegionTokens, dict[str, Any], dict[str, torch.Tensor]]:
     """(image_ids, tokens, meta, vocabulary) of ``save_region_tokens``. Raises RegionError where the file is missing or
     another."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(str(path), framework="pt") as file:
             text = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}

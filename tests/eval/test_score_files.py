@@ -137,6 +137,24 @@ def test_coco_json_with_annotation_id_0_and_polygons(files):
     assert results["checks"]["empty"] == ["2"]
 
 
+def test_a_source_is_judged_by_what_it_annotates(files):
+    """A second class is predicted everywhere; it counts as wrong only in the source that annotates it."""
+    truth, results = coco_truth(), coco_results()
+    truth["categories"].append({"id": 8, "name": "skin/skin_lesion"})
+    for image, source in zip(truth["images"], "aab", strict=True):
+        image |= {"source": source, "labelled": ["polyp"] if source == "a" else ["skin/skin_lesion"]}
+    other = {"category_id": 8, "bbox": [0, 0, 5, 5], "score": 0.99}
+    results = [{k: v for k, v in row.items() if k != "segmentation"} for row in results]
+    results += [{**other, "image_id": k} for k in range(3)]
+    truth["annotations"].append({"id": 9, "image_id": 2, "category_id": 8, "bbox": [20, 20, 9, 9]})
+    for row in truth["annotations"]:
+        row.pop("segmentation", None)
+    scores = score_files("grounding", files("p.json", [json.dumps(results)]), files("r.json", [json.dumps(truth)]))
+    by_source = scores["protocols"]["coco"]["by_source"]
+    assert by_source["a"]["AP50"].value == pytest.approx(1.0) and by_source["b"]["AP50"].value == 0.0
+    assert scores["protocols"]["coco"]["overall"]["AP50"].value == pytest.approx(0.5)
+
+
 def test_coco_results_may_be_empty(files):
     results = score_files("grounding", files("p.json", ["[]"]), files("r.json", [json.dumps(coco_truth())]))
     assert results["protocols"]["coco"]["overall"]["AP"].value == 0.0

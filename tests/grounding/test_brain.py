@@ -42,6 +42,7 @@ def test_image_and_labels_follow_the_contract(samples):
         assert sample.modality == "mri" and sample.spacing == (1.0, 1.0)
         assert sample.regions.labels[0] == "brain"
         assert set(sample.regions.labels) <= set(sample.labelled) <= set(tree.ids)
+        assert {x.rpartition("/")[2] for x in sample.labelled if tree.is_finding(x)} == {"lesion"}
     assert {sample.image_id.split("-")[-1] for sample in samples} == set(PLANES)
     seen = {label.split("/")[1] for sample in samples for label in sample.regions.labels[1:]}
     assert set(STRUCTURES) - {"amygdala"} <= seen

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from grounding.store import open_store
-from grounding.train import batch_indices
 from grounding.types import load_region_tokens, read_regions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,14 +76,6 @@ def test_annotated_regions_become_tokens_with_their_boxes(trained, brain_store, 
     launch("cpu", "grounding.predict", *arguments, f"out={tmp_path / 'b'}", f"regions=file:{file}")
     again = load_region_tokens(tmp_path / "b" / "region_tokens.safetensors")[1]
     assert np.allclose(again.features.numpy(), tokens.features.numpy(), atol=1e-4)
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_ranks_share_each_batch_and_see_every_image(world):
-    seen = [batch_indices(step, 20, 5, world, rank, 0) for step in range(4 // world) for rank in range(world)]
-    assert sorted(k for rows in seen for k in rows) == list(range(20))
-    joined = [k for rows in seen for k in rows]
-    assert joined == [k for step in range(4) for k in batch_indices(step, 20, 5, 1, 0, 0)]
 
 
 def _two_processes(kind: str, launch, brain_store, out: Path) -> None:
