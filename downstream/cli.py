@@ -9,6 +9,8 @@ from pathlib import Path
 
 from downstream.data_cli import EXAMPLES
 from downstream.data_cli import add_commands as add_data_commands
+from downstream.score_cli import EXAMPLES as SCORE_EXAMPLES
+from downstream.score_cli import add_commands as add_score_commands
 
 HOME = Path("runs/demo")
 
@@ -65,15 +67,8 @@ def parser() -> argparse.ArgumentParser:
     data = add("data", "build, count, describe and audit region stores", EXAMPLES["build"])
     add_data_commands(data.add_subparsers(dest="data_command", required=True, metavar="COMMAND"), _add)
 
-    score = add(
-        "score", "score predictions against references", "medglip score vqa --predictions p.jsonl --references r.jsonl"
-    )
-    score.add_argument("task", choices=("vqa", "report", "grounding"))
-    score.add_argument("--predictions", type=Path, required=True)
-    score.add_argument("--references", type=Path, required=True)
-    score.add_argument("--protocol", nargs="+", default=[], help="vqa: strict; report: text, findings; grounding: coco")
-    score.add_argument("--out", type=Path, help="scores.json")
-    score.set_defaults(run=run_score)
+    score = add("score", "score predictions against references, compare systems", SCORE_EXAMPLES["vqa"])
+    add_score_commands(score.add_subparsers(dest="task", required=True, metavar="TASK"), _add)
     return top
 
 
@@ -151,12 +146,6 @@ def run_report(options: argparse.Namespace) -> None:
         from downstream.pages import write_report_page
 
         write_report_page(options.out, report, image)
-
-
-def run_score(options: argparse.Namespace) -> None:
-    from eval.score import run_score as score
-
-    score(options)
 
 
 def _check_readable(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ Boxes in COCO rows are xywh in pixels. Dimension key: D detections of one class,
 R bootstrap resamples.
 """
 
+import gc
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 MAX_DETECTIONS = 100  # an image and class, as COCO has it
 RESAMPLES = 500
-# Sizes are COCO's: areas in pixels below 32², to 96², above. AR1, AR10, AR100: with so many detections an image and class.
+# Sizes are COCO's: areas in pixels below 32², to 96², above. AR1, AR10, AR100: so many detections an image and class.
 COCO_METRICS = (
     *("AP", "AP50", "AP75", "AP small", "AP medium", "AP large"),
     *("AR1", "AR10", "AR100", "AR small", "AR medium", "AR large"),
@@ -106,23 +107,35 @@ def _evaluate(truth: Mapping, results: Sequence[Mapping], iou_type: str) -> dict
 
     Annotation ids are counted anew from 1, since COCO takes an id of 0 for "not matched".
     """
-    from faster_coco_eval import COCO, COCOeval_faster
-
     if not truth["annotations"]:
         return {}
+    collecting = gc.isenabled()
+    gc.disable()  # every row lives to the end, so a collection frees nothing, and there would be many
+    try:
+        return _run(truth, results, iou_type)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _run(truth: Mapping, results: Sequence[Mapping], iou_type: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    from faster_coco_eval import COCO, COCOeval_faster
+
     annotations = [_complete(row, k) for k, row in enumerate(truth["annotations"], 1)]
-    # Of a result with box and mask the library takes the box's area, which is not the mask's.
-    dropped = "bbox" if iou_type == "segm" else "segmentation"
-    found = [{key: value for key, value in row.items() if key != dropped} for row in results]
-    reference = COCO({**truth, "annotations": annotations})
+    found = [dict(row) for row in results]
+    if iou_type == "segm":  # of a result with box and mask the library takes the box's area, which is not the mask's
+        for row in found:
+            row.pop("bbox", None)
+    images = truth["images"]
+    if not all(isinstance(image["id"], int) for image in images):  # COCO asks for numbers
+        images = _number(images, (annotations, found))
+    reference = COCO({**truth, "images": images, "annotations": annotations})
     evaluation = COCOeval_faster(reference, reference.loadRes(found), iou_type)
     evaluation.evaluate()
     evaluation.accumulate()
     precision, recall = (np.asarray(evaluation.eval[key]) for key in ("precision", "recall"))
     names = {category["id"]: category["name"] for category in truth["categories"]}
-    return {
-        names[k]: (precision[:, :, i], recall[:, i]) for i, k in enumerate(evaluation.params.catIds)
-    }
+    return {names[k]: (precision[:, :, i], recall[:, i]) for i, k in enumerate(evaluation.params.catIds)}
 
 
 def bootstrap_precision(
@@ -182,27 +195,22 @@ def weighted_precision(image_ids: Sequence, hits: np.ndarray, counts: Mapping, w
     for start in range(0, len(total), block):
         weight = np.stack([weights[i][start : start + block] for i in image_ids], 1).astype(float)
         part = total[start : start + block]
-        blocks.append(np.stack([_interpolated(weight * column, weight, part) for column in hits.T], 1))
+        blocks.append(np.stack([_interpolated(column, weight, part) for column in hits.T], 1))
     return np.concatenate(blocks)
 
 
-def _interpolated(true: np.ndarray, weight: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """(R, D) true-positive weights and weights, (R,) reference weights → (R,) AP."""
-    found, said = true.cumsum(1), weight.cumsum(1)
-    recall = found / np.maximum(total, 1)[:, None]
+def _interpolated(hits: np.ndarray, weight: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """(D,) hits, (R, D) weights of the detections, (R,) reference weights → (R,) AP."""
+    found, said = (weight * hits).cumsum(1), weight.cumsum(1)
     precision = np.maximum.accumulate((found / np.maximum(said, np.spacing(1)))[:, ::-1], 1)[:, ::-1]
-    # Each row's recall rises within [0, 1], so shifted rows form one sorted array and one search serves all.
-    shift = 2.0 * np.arange(len(recall))[:, None]
-    at = np.searchsorted((recall + shift).ravel(), (RECALLS[None] + shift).ravel()).reshape(len(recall), -1)
-    at -= np.arange(len(recall))[:, None] * recall.shape[1]
-    padded = np.concatenate([precision, np.zeros((len(precision), 1))], 1)
-    values = np.take_along_axis(padded, np.minimum(at, recall.shape[1]), 1).mean(1)
+    # Only a hit raises recall; the recall points that it passes get the best precision from there on.
+    recall, precision = found[:, hits] / np.maximum(total, 1)[:, None], precision[:, hits]
+    passed = np.searchsorted(RECALLS, recall, side="right")
+    values = (precision * np.diff(passed, axis=1, prepend=0)).sum(1) / len(RECALLS)
     return np.where(total > 0, values, np.nan)
 
 
-def _match(
-    found: Sequence[Mapping], shapes: Sequence, image_id: Any, key: str
-) -> list[tuple[float, Any, np.ndarray]]:
+def _match(found: Sequence[Mapping], shapes: Sequence, image_id: Any, key: str) -> list[tuple[float, Any, np.ndarray]]:
     """One image and class: (score, image id, hits (T,)) of each detection, best score first."""
     found = sorted(found, key=lambda row: -row["score"])[:MAX_DETECTIONS]
     if not shapes:
@@ -227,6 +235,14 @@ def _rows(regions, number: int, numbers: Mapping[str, int], class_of: Callable[[
         return []
     known = regions.select([k for k, label in enumerate(regions.labels) if class_of(label) in numbers])
     return known.to_coco(number, {label: numbers[class_of(label)] for label in known.labels})
+
+
+def _number(images: Sequence[Mapping], tables: Sequence[list[dict]]) -> list[dict]:
+    """Images with ids from 1, in the order of their ids as text; the rows of the tables (ours to change) follow."""
+    ids = {image_id: k for k, image_id in enumerate(sorted((image["id"] for image in images), key=str), 1)}
+    for row in (row for table in tables for row in table):
+        row["image_id"] = ids[row["image_id"]]
+    return [{**image, "id": ids[image["id"]]} for image in images]
 
 
 def _complete(row: Mapping, number: int) -> dict:

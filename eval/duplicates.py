@@ -11,10 +11,20 @@ duplicates. So thumbnails (`eval.fingerprint`) are compared in two steps:
 Texture is a band-pass, squashed to [-1, 1] by h / (|h| + 1 grey level): what counts is where it gets lighter and
 darker, not by how much, so contrast and gamma hardly matter.
 
+Measured on 1,431 real images of 12 sets. Different pictures: the most alike two score 0.72 (two heads in CT), two eyes
+0.41 in the median and 0.65 at most. Five pairs score 0.90 to 0.97, and looked at side by side are the same breast or
+smear. The same picture: at least 0.94 after a smooth resize (0.5 to 2 times, each side by itself), 0.90 after one by
+nearest neighbour, 0.87 after JPEG of quality 30, 0.87 after gamma 0.7 to 1.4, 0.89 after a crop of up to 3 % a side, in
+any orientation. Found: 99.9 % after a crop of up to 5 % a side, 99.6 % after a border of up to 5 %, 99.6 % after a
+letterbox, 99.9 % after a contrast of 0.8 to 1.25 that clips. A collection of many thousand eyes or chest films will
+hold pairs more alike than these: look at what has a score under 0.85.
+
 Dimension key: N, M images; V views of them; T side of a thumbnail; F side of a descriptor; K pairs in a batch.
 A placement is (scale - 1, shift) of rows, then of columns, in half sides of the square.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache, reduce
 from typing import NamedTuple
 
@@ -24,19 +34,21 @@ from eval.fingerprint import T
 
 SAME = 0.77  # score of the check
 CANDIDATE = 0.65  # score of the search
-ALIKE = 0.65  # correlation at half the size below which a pair is not checked further
-KEEP = 16  # candidates an image: in 100,000 chest films thousands are above the bar
+ALIKE = 0.72  # correlation at half the size below which a pair is not checked further
+CLOSE = 0.15  # further than this below SAME, moving them the other way will not help
+KEEP = 12  # candidates an image: in 100,000 chest films thousands are above the bar
 F = 8
 MIN_TEXTURE = 0.05  # mean squared texture; less is an empty image, which has no look-alike by its thumbnail
 BORDER = 12  # grey levels within which a row is one colour, and so a border
 EDGE = 2  # cells at the rim that the check leaves out: a border's edge lies there
 REACH = 0.16  # largest placement: 8 % of the side, each way
-BLOCK = 4096
-BATCH = 64
+BLOCK = 4096  # views a side in one product of the search
+CHUNK = 512  # images described at once
+BATCH = 64  # pairs checked at once
 STEPS = 3
 INNER = np.array([-0.1, 0, -0.1, 0], np.float32)
 
-Candidates = np.dtype([("a", np.int64), ("b", np.int64), ("score", np.float32)])
+Candidates = np.dtype([("a", np.int32), ("b", np.int32), ("score", np.float32)])
 
 
 class Views(NamedTuple):
@@ -51,20 +63,24 @@ class Views(NamedTuple):
 def near_duplicates(a: np.ndarray, b: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(rows of a, rows of b, scores in [SAME, 1]) of the pairs that show one picture.
 
-    `a` (N, T, T), `b` (M, T, T) uint8 thumbnails; without `b`, pairs i < j within `a`. Memory is 150 bytes an image
-    and a block of BLOCK squared scores. An image with more than KEEP look-alikes has the KEEP best checked.
+    `a` (N, T, T), `b` (M, T, T) uint8 thumbnails; without `b`, pairs i < j within `a`. Memory is some 300
+    bytes an image and side, and a block of BLOCK squared scores. Of an image's look-alikes the KEEP best are checked.
     """
     views_a = _views(a)
     views_b = views_a if b is None else _views(b)
     pairs = _search(views_a, views_b, within=b is None)
-    found: dict[tuple[int, int], float] = {}
-    for start in range(0, len(pairs), BATCH):
+
+    def check(start: int) -> np.ndarray:
         batch = pairs[start : start + BATCH]
-        scores = _check(_side(a, views_a, batch["a"]), _side(a if b is None else b, views_b, batch["b"]))
-        owners = zip(views_a.owner[batch["a"]].tolist(), views_b.owner[batch["b"]].tolist(), strict=True)
-        for pair, score in zip(owners, scores.tolist(), strict=True):
-            if score >= SAME:
-                found[pair] = max(score, found.get(pair, 0.0))
+        return _check(_side(a, views_a, batch["a"]), _side(a if b is None else b, views_b, batch["b"]))
+
+    found: dict[tuple[int, int], float] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy lets other threads run
+        for start, scores in enumerate(pool.map(check, range(0, len(pairs), BATCH))):
+            for k in np.nonzero(scores >= SAME)[0].tolist():
+                pair = pairs[start * BATCH + k]
+                key = (int(views_a.owner[pair["a"]]), int(views_b.owner[pair["b"]]))
+                found[key] = max(float(scores[k]), found.get(key, 0.0))
     keys = sorted(found)
     rows = np.array(keys, np.int64).reshape(-1, 2)
     return rows[:, 0], rows[:, 1], np.array([found[key] for key in keys], np.float32)
@@ -108,8 +124,8 @@ def _away_from_edges(band: np.ndarray) -> np.ndarray:
 
 def _views(thumbnails: np.ndarray) -> Views:
     owners, placements, descriptors = [], [], []
-    for start in range(0, len(thumbnails), BLOCK):
-        images = np.asarray(thumbnails[start : start + BLOCK], np.float32)
+    for start in range(0, max(len(thumbnails), 1), CHUNK):
+        images = np.asarray(thumbnails[start : start + CHUNK], np.float32)
         full = (_squash(_band(images, 0.7, 2.0)) ** 2).mean((1, 2)) >= MIN_TEXTURE
         content = _content(images)
         bordered = np.nonzero(full & (content != 0).any(1))[0]
@@ -185,7 +201,9 @@ def _search(a: Views, b: Views, within: bool) -> np.ndarray:
             of_a[start_a] = _best(np.concatenate([of_a[start_a], hits]), "a")
             of_b = _best(np.concatenate([of_b, hits]), "b")
         kept.append(of_b)
-    pairs = np.unique(np.concatenate([*kept, *of_a.values(), np.empty(0, Candidates)]))
+    pairs = np.concatenate([*kept, *of_a.values(), np.empty(0, Candidates)])
+    _, first = np.unique(pairs["a"].astype(np.int64) * len(b.owner) + pairs["b"], return_index=True)
+    pairs = pairs[first]
     return pairs[a.owner[pairs["a"]] < b.owner[pairs["b"]]] if within else pairs
 
 
@@ -252,15 +270,22 @@ def _turn_each(images: np.ndarray, ways: np.ndarray) -> np.ndarray:
 
 
 def _halve(images: np.ndarray) -> np.ndarray:
-    return images.reshape(-1, T // 2, 2, T // 2, 2).mean((2, 4))
+    rows = images[:, ::2] + images[:, 1::2]
+    return (rows[:, :, ::2] + rows[:, :, 1::2]) / 4
 
 
 def _score_both_ways(x: np.ndarray, y: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """The best of: as they are, y moved onto x, x moved onto y. (K, T, T) each."""
+    """The best of: as they are, y moved onto x, x moved onto y. (K, T, T) each. What is settled is not moved."""
     scale, shift = there[:, ::2], there[:, 1::2]
     back = np.stack([1 / (1 + scale) - 1, -shift / (1 + scale)], 2).reshape(-1, 4)
-    still = _score(x, y, np.ones((1, T, T), bool))
-    return np.maximum.reduce([still, _score(x, *_place(y, there)), _score(y, *_place(x, back))])
+    scores = _score(x, y, np.ones((1, T, T), bool))
+    for still, moving, placement, least in ((x, y, there, -1), (y, x, back, SAME - CLOSE)):
+        open_ = np.nonzero((scores >= least) & (scores < SAME))[0]
+        if not len(open_):
+            continue
+        moved, inside = _place(moving[open_], placement[open_])
+        scores[open_] = np.maximum(scores[open_], _score(still[open_], moved, inside))
+    return scores
 
 
 def _score(x: np.ndarray, y: np.ndarray, inside: np.ndarray) -> np.ndarray:

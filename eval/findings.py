@@ -45,7 +45,7 @@ def parse_findings(report: str, tree: LabelTree, kinds: Mapping[str, tuple[str, 
     With the headings "Findings:" and "Impression:" only the findings are read, since an impression repeats them.
     kinds: `kind_names(tree)`, where many reports are read.
     """
-    text = _CITATION.sub(" ", _findings_section(report))
+    text = _CITATION.sub(" ", findings_section(report))
     kinds = kind_names(tree) if kinds is None else kinds
     return [finding for clause in _CLAUSE.split(text) if clause for finding in _parse_clause(clause, tree, kinds)]
 
@@ -125,7 +125,7 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
         return np.where(whole > 0, part / whole, np.nan)
 
 
-def _findings_section(report: str) -> str:
+def findings_section(report: str) -> str:
     """The text under "Findings:", without headings the whole; the impression only where there is nothing else."""
     pieces = _SECTION.split(report)
     sections = dict(zip((name.lower() for name in pieces[1::2]), pieces[2::2], strict=True))
@@ -168,11 +168,12 @@ def _kind_at(place: str | None, kinds: tuple[str, ...], tree: LabelTree) -> str:
 
 def _stated_kinds(text: str, kinds: Mapping[str, tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Kinds named in the text and not negated: no cue of absence before the name, nor "not seen" after it."""
-    stated = []
-    for start, end, kind in _mentions(text, kinds.get):
-        if not _NEGATED_BEFORE.search(text[:start]) and not _NEGATED_AFTER.search(text[end:]):
-            stated.append(kind)
-    return list(dict.fromkeys(stated))
+    # The cues are looked for once: an answer of a megabyte may name a hundred thousand kinds.
+    cue = _NEGATED_BEFORE.search(text)
+    denied_from = cue.end() if cue else len(text)
+    denied_to = max((cue.start() for cue in _NEGATED_AFTER.finditer(text)), default=-1)
+    mentions = _mentions(text, kinds.get)
+    return list(dict.fromkeys(kind for start, end, kind in mentions if start < denied_from and end > denied_to))
 
 
 def _places(text: str, tree: LabelTree) -> list[str]:

@@ -191,13 +191,13 @@ def _judge_image(image_id: str, said: RegionSet | None, truth: RegionSet, tree: 
     classes = [class_of(label, tree) for label in truth.labels]
     for name in sorted(set(classes)):
         reference = truth.select([k for k, other in enumerate(classes) if other == name])
-        top = top_region(said, name, tree)
+        top = _top_box(said, name, tree)
         check_masks(image_id, top, reference)
         rows.append({"image_id": image_id, "class": name, **_judge_pair(top, reference)})
     return rows
 
 
-def top_region(said: RegionSet | None, name: str, tree: LabelTree) -> RegionSet | None:
+def _top_box(said: RegionSet | None, name: str, tree: LabelTree) -> RegionSet | None:
     """The best-scoring region of a class, as a set of one; None without any."""
     rows = [] if said is None else [k for k, label in enumerate(said.labels) if class_of(label, tree) == name]
     if said is None or not rows:

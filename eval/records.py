@@ -12,6 +12,7 @@ from eval.types import ScoreError
 __all__ = [
     "RegionFiles",
     "check_ids",
+    "read_prediction_rows",
     "read_predictions",
     "read_questions",
     "read_region_files",
@@ -25,23 +26,18 @@ _ANSWER_TYPES = ("open", "closed")
 def read_predictions(path: str | Path) -> dict[str, str]:
     """`{"sample_id", "prediction"}` a line → sample_id → text; a number counts as its text, an empty text is kept.
     Raises ScoreError."""
-    said: dict[str, str] = {}
+    return {key: row["prediction"] for key, row in read_prediction_rows(path).items()}
+
+
+def read_prediction_rows(path: str | Path) -> dict[str, dict]:
+    """The same with all that a line holds: sample_id → row, `prediction` as text. Raises ScoreError."""
+    rows: dict[str, dict] = {}
     bad: list[Bad] = []
     for key, number, row in keyed(path, "sample_id"):
-        said[key] = _text(row.get("prediction"), '"prediction"', "prediction" in row, number, bad, empty=True)
+        text = _text(row.get("prediction"), '"prediction"', "prediction" in row, number, bad, empty=True)
+        rows[key] = {**row, "prediction": text}
     refuse(path, bad)
-    return said
-
-
-def read_evidence(path: str | Path) -> dict[str, list[dict]]:
-    """sample_id → regions (with "box", xyxy in [0, 1], and "label") that a prediction came with, where it did."""
-    found = {}
-    for key, _, row in keyed(path, "sample_id"):
-        evidence = row.get("evidence")
-        regions = evidence.get("regions") if isinstance(evidence, dict) else None
-        if isinstance(regions, list):
-            found[key] = [region for region in regions if isinstance(region, dict) and "box" in region]
-    return found
+    return rows
 
 
 def read_questions(path: str | Path) -> list[dict]:

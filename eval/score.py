@@ -8,6 +8,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,50 +18,18 @@ from rich.markup import escape
 
 from configs import write_atomic
 from eval.checks import MEANING, check_samples, scores_by_training
-from eval.findings import finding_scores
-from eval.grounding import grounding_scores, scores_by_source
-from eval.records import (
-    RegionFiles,
-    check_ids,
-    read_predictions,
-    read_questions,
-    read_region_files,
-    read_reports,
-    read_training,
-)
+from eval.protocols import DEFAULTS, PROTOCOLS, Given, Results
+from eval.records import check_ids, read_prediction_rows, read_questions, read_region_files, read_reports, read_training
 from eval.statistics import RESAMPLES, SEED
 from eval.table import as_markdown, as_rich, protocol_rows, score_rows
-from eval.text import text_scores
 from eval.types import Score, ScoreError, plain
-from eval.vqa import cluster_of, vqa_accuracy
+from eval.vqa_slices import SLICES, rows_by
 
 __all__ = ["PROTOCOLS", "ScoreError", "run_score", "score_files"]
 
 SCHEMA = 2
 PACKAGES = ("med-glip", "numpy", "scipy", "pycocoevalcap", "faster-coco-eval", "rapidfuzz")
 NOTICE = "Research use only; not a medical device."
-
-Results = dict[str, Any]
-
-
-def _text(predictions: Mapping[str, str], rows: Sequence[Mapping]) -> Results:
-    return text_scores(predictions, {row["sample_id"]: row["references"] for row in rows}, _patients(rows))
-
-
-def _findings(predictions: Mapping[str, str], rows: Sequence[Mapping]) -> Results:
-    return finding_scores(predictions, _first_references(rows), _patients(rows))
-
-
-def _coco(regions: RegionFiles) -> Results:
-    scores = grounding_scores(regions.predictions, regions.references, regions.patients, coco=regions.coco)
-    return scores | {"by_source": scores_by_source(regions)} if regions.sources else scores
-
-
-PROTOCOLS: dict[str, dict[str, Callable[..., Results]]] = {
-    "vqa": {"strict": vqa_accuracy},
-    "report": {"text": _text, "findings": _findings},
-    "grounding": {"coco": _coco},
-}
 
 
 def score_files(
@@ -70,24 +39,28 @@ def score_files(
     protocols: Sequence[str] = (),
     out: str | Path | None = None,
     train: str | Path | None = None,
+    model_python: str | Path | None = None,
 ) -> Results:
     """Scores a file of predictions and writes `out` (JSON, whole or not at all).
 
-    task: "vqa", "report" or "grounding". protocols: names out of PROTOCOLS[task]; none means all. train: the training
-    set, in the form of the references, to look for what the test set shares with it.
+    task: "vqa", "report" or "grounding". protocols: names out of PROTOCOLS[task]; none means DEFAULTS. train: the
+    training set, in the form of the references, to look for what the test set shares with it.
+    model_python: interpreter of an environment with the packages of metrics with weights (eval/report_models.py).
     A missing prediction counts as wrong; missing, extra, empty and repeated samples are listed under "checks".
-    Returns what is written, with Scores as objects: {"schema", "task", "files", "checks", "clusters": {sample_id: number
-    of its patient}, "baselines", "protocols": {name: ...}, "seed", "resamples", "versions"}. Raises ScoreError naming
-    file, row and remedy.
+    Returns what is written, with Scores as objects: {"schema", "task", "files", "checks", "clusters": {sample_id:
+    number of its patient}, "slices": {name: {value: sample_ids}}, "baselines", "protocols": {name: ...}, "seed",
+    "resamples", "versions"}. Raises ScoreError naming file, row and remedy.
     """
     chosen = _chosen(task, protocols)
     if train is not None and task == "grounding":
         raise ScoreError("--train is for vqa and report; `medglip data audit` compares region stores")
     training = None if train is None else read_training(train)
-    checks, clusters, arguments = _INPUTS[task](predictions, references, training)
-    scores = {name: PROTOCOLS[task][name](*arguments) for name in chosen}
-    if training is not None:
-        _split_by_training(scores, checks, arguments[1])
+    checks, clusters, given = _INPUTS[task](predictions, references, training)
+    if isinstance(given, Given) and model_python is not None:
+        given = replace(given, model_python=str(model_python))
+    scores = {name: PROTOCOLS[task][name](given) for name in chosen}
+    if isinstance(given, Given) and training is not None:
+        _split_by_training(scores, checks, given.rows)
     paths = {"predictions": predictions, "references": references} | ({} if train is None else {"training": train})
     numbers = {cluster: k for k, cluster in enumerate(sorted(set(clusters.values())))}
     results: Results = {
@@ -96,7 +69,8 @@ def score_files(
         "files": {name: _fingerprint(path) for name, path in paths.items()},
         "checks": checks,
         "clusters": {key: numbers[cluster] for key, cluster in sorted(clusters.items())},
-        "baselines": _baselines(arguments[1], training) if task == "vqa" else {},
+        "slices": _slices(given.rows) if task == "vqa" else {},
+        "baselines": _baselines(given) if task == "vqa" else {},
         "protocols": scores,
         "seed": SEED,
         "resamples": RESAMPLES,
@@ -111,7 +85,8 @@ def run_score(args: Namespace) -> int:
     """The command: args has task, predictions, references, protocol (list or None), out, and where they are wanted
     train, markdown, html and images. Returns 0."""
     train, markdown, page = (getattr(args, name, None) for name in ("train", "markdown", "html"))
-    results = score_files(args.task, args.predictions, args.references, args.protocol or (), args.out, train)
+    python = getattr(args, "model_python", None)
+    results = score_files(args.task, args.predictions, args.references, args.protocol or (), args.out, train, python)
     console = Console(width=None if sys.stdout.isatty() else 200)
     for title, columns, rows in tables(results):
         console.print(as_rich(title, columns, rows))
@@ -132,9 +107,18 @@ def tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, columns, rows): VQA protocols side by side; those of the other tasks one after another, never mixed."""
     task, protocols = results["task"], results["protocols"]
     if task == "vqa":
-        beside = [("baselines, without the image", *score_rows(results["baselines"]))] if results["baselines"] else []
-        return [(f"vqa, protocols {', '.join(protocols)}", *protocol_rows(protocols)), *beside]
+        columns = protocols | {
+            f"{name} (strict)": _as_protocol(scores) for name, scores in results["baselines"].items()
+        }
+        title = "vqa, protocols side by side; what is right without the image stands beside them"
+        return [(title, *protocol_rows(columns)), ("vqa, without the image", *score_rows(results["baselines"], True))]
     return [(f"{task}, protocol {name}{_tokens(scores)}", *score_rows(scores)) for name, scores in protocols.items()]
+
+
+def _as_protocol(baseline: Mapping[str, Score]) -> dict[str, Score]:
+    """A baseline's scores under the names that protocols have."""
+    overall = baseline.get("overall", baseline.get("by_answer_type"))
+    return {"overall": overall, **{kind: baseline[kind] for kind in ("closed", "open")}} if overall else {}
 
 
 def check_lines(checks: Mapping[str, Sequence[str]]) -> list[str]:
@@ -148,7 +132,7 @@ def check_lines(checks: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def to_json(results: Results) -> str:
-    """The form of scores.json: indented, but one line a sample, so that a column of 100,000 stays readable and quick."""
+    """The form of scores.json: indented, but one line a sample: a column of 100,000 stays readable and is quick."""
     return _layout(plain(results), "") + "\n"
 
 
@@ -180,10 +164,10 @@ def _chosen(task: str, protocols: Sequence[str]) -> list[str]:
     unknown = [name for name in protocols if name not in PROTOCOLS[task]]
     if unknown:
         raise ScoreError(f"unknown protocol {unknown[0]!r} for {task}; choose from {', '.join(PROTOCOLS[task])}")
-    return list(dict.fromkeys(protocols)) or list(PROTOCOLS[task])
+    return list(dict.fromkeys(protocols)) or list(DEFAULTS[task])
 
 
-Checked = tuple[dict[str, list[str]], dict[str, str], tuple]  # checks, clusters, what a protocol is called with
+Checked = tuple[dict[str, list[str]], dict[str, str], Any]  # checks, clusters, what a protocol is called with
 
 
 def _vqa_input(predictions: str | Path, references: str | Path, training: Sequence[Mapping] | None) -> Checked:
@@ -195,15 +179,17 @@ def _report_input(predictions: str | Path, references: str | Path, training: Seq
 
 
 def _text_input(predictions: str | Path, rows: Sequence[Mapping], training: Sequence[Mapping] | None) -> Checked:
-    said = read_predictions(predictions)
-    return check_samples(said, rows, predictions, training), _patients(rows), (said, rows)
+    lines = read_prediction_rows(predictions)
+    given = Given({key: row["prediction"] for key, row in lines.items()}, rows, lines, training)
+    return check_samples(given.said, rows, predictions, training), given.patients, given
 
 
 def _region_input(predictions: str | Path, references: str | Path, training: Sequence[Mapping] | None) -> Checked:
     regions = read_region_files(predictions, references)
     checks = check_ids(regions.predictions, list(regions.references), predictions)
     checks["empty"] = sorted(key for key, found in regions.predictions.items() if not len(found))
-    return checks, {key: regions.patients.get(key, key) for key in regions.references}, (regions,)
+    checks["out of frame"] = sorted(regions.clipped)
+    return checks, {key: regions.patients.get(key, key) for key in regions.references}, regions
 
 
 _INPUTS: dict[str, Callable[..., Checked]] = {
@@ -220,16 +206,23 @@ def _split_by_training(scores: Results, checks: Mapping[str, Sequence[str]], row
             results["by_training"] = scores_by_training(overall, checks, rows)
 
 
-def _baselines(rows: Sequence[Mapping], training: Sequence[Mapping] | None) -> Results:
-    return {}
+def _slices(rows: Sequence[Mapping]) -> dict[str, dict[str, list[str]]]:
+    slices = {name: rows_by(rows, name) for name in SLICES}
+    return {
+        name: {value: [rows[k]["sample_id"] for k in places] for value, places in found.items()}
+        for name, found in slices.items()
+        if found
+    }
 
 
-def _patients(rows: Sequence[Mapping]) -> dict[str, str]:
-    return {row["sample_id"]: cluster_of(row) for row in rows}
+def _baselines(given: Given) -> Results:
+    """What is right without looking at the image: the commonest answer, and what like questions were answered."""
+    from eval.priors import answer_prior, text_only_baseline
 
-
-def _first_references(rows: Sequence[Mapping]) -> dict[str, str]:
-    return {row["sample_id"]: row["references"][0] for row in rows}
+    baselines: Results = {"answer prior": answer_prior(given.rows, given.training)}
+    if given.training is not None:
+        baselines["text only"] = text_only_baseline(given.training, given.rows)
+    return baselines
 
 
 def _tokens(scores: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Scores as tables: for the terminal, and in Markdown."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -13,11 +14,6 @@ Path = tuple[str, ...]
 def score_table(title: str, results: dict[str, Any]) -> Table:
     """A row for each Score of a nested result: where it stands, value and interval, number of samples."""
     return as_rich(title, *score_rows(results))
-
-
-def side_by_side(title: str, protocols: Mapping[str, dict[str, Any]]) -> Table:
-    """The same for several protocols, a column each; counts (missing, empty, unparsed) follow the scores."""
-    return as_rich(title, *protocol_rows(protocols))
 
 
 def as_rich(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -39,26 +35,50 @@ def as_markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     return "\n".join([f"**{title}**", "", line(columns), rule, *map(line, rows), ""])
 
 
-def score_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows) of one nested result."""
-    rows = [[" · ".join(path), str(score), str(score.n)] for path, score in scores_in(results)]
+def score_rows(results: Mapping[str, Any], names: bool = False) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows) of one nested result; with `names`, what each score calls itself stands beside its path.
+
+    Undefined scores of slices are counted in the last row, not listed: they are many, and scores.json has them."""
+    found = list(scores_in(results))
+    shown = [(path, score) for path, score in found if score.value is not None or not path[0].startswith("by_")]
+    rows = [
+        [" · ".join(path) + (f": {_cut(score.name)}" if names else ""), str(score), str(score.n)]
+        for path, score in shown
+    ]
+    rows += [["by_…", f"{len(found) - len(shown)} undefined", ""]] if len(found) > len(shown) else []
     return ["metric", "score [95 % interval]", "n"], rows
 
 
 def protocol_rows(protocols: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows) with a column a protocol; where they count different samples, the n of each."""
+    """(columns, rows) with a column a protocol; a cell whose n is not that of the row says so."""
     scores = {name: dict(scores_in(results)) for name, results in protocols.items()}
     counts = {name: results.get("counts", {}) for name, results in protocols.items()}
-    paths = list(dict.fromkeys(path for found in scores.values() for path in found))
     rows = []
-    for path in paths:
+    for path in _ordered(path for found in scores.values() for path in found):
         found = [scores[name].get(path) for name in protocols]
-        sizes = [str(score.n) for score in found if score is not None]
-        n = sizes[0] if len(set(sizes)) == 1 else " / ".join("-" if s is None else str(s.n) for s in found)
-        rows.append([" · ".join(path), *("" if score is None else str(score) for score in found), n])
+        ((n, _),) = Counter(score.n for score in found if score is not None).most_common(1)
+        rows.append([" · ".join(path), *("" if score is None else _short(score, n) for score in found), str(n)])
     for key in dict.fromkeys(key for row in counts.values() for key in row):
         rows.append([f"count · {key}", *(str(counts[name].get(key, "")) for name in protocols), ""])
-    return ["metric", *protocols, "n"], rows
+    return ["metric (95 % interval)", *protocols, "n"], rows
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= 60 else name[:59] + "…"
+
+
+def _short(score: Score, n: int) -> str:
+    """ "0.812 (.774-.846)", with " n 244" where that is not the row's n: as many columns as protocols must fit."""
+    other = "" if score.n == n else f" n {score.n}"
+    if score.value is None or score.ci95 is None or not 0 <= score.ci95[0] <= score.ci95[1] <= 1:
+        return str(score) + other
+    low, high = (f"{end:.3f}" if end == 1 else f"{end:.3f}".removeprefix("0") for end in score.ci95)
+    return f"{score.value:.3f} ({low}-{high}){other}"
+
+
+def _ordered(paths: Iterable[Path]) -> list[Path]:
+    """Each path once; slices stand after what is not sliced."""
+    return sorted(dict.fromkeys(paths), key=lambda path: path[0].startswith("by_"))
 
 
 def scores_in(results: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Score]]:

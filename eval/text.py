@@ -20,7 +20,7 @@ import numpy as np
 from rapidfuzz.distance import LCSseq
 
 from eval.meteor import corpus_meteor, meteor_values
-from eval.ngrams import Corpus, Counts, bleu_sums, cider_values, count_ngrams, read_corpus
+from eval.ngrams import Corpus, bleu_sums, cider_values, count_ngrams, read_corpus
 from eval.rouge import rouge
 from eval.statistics import bootstrap_interval, mean_score
 from eval.tokens import NO_JAVA, R2GEN, TOKENIZERS, has_java, r2gen_tokens, r2gen_vocabulary
@@ -51,7 +51,7 @@ def text_scores(
     tokenizer: "ptb" (needs Java), "r2gen", "words", "none" (texts are tokens joined by spaces); None takes "ptb" where
     Java is, else "words". meteor: False leaves METEOR out (its tables take seconds to load).
     protocol: "full" or "r2gen"; dataset and train_reports (for "<unk>") are r2gen's, which has its own tokenizer.
-    Returns {"protocol", "protocol_version", "tokenizer", **{name: Score}}, r2gen also {"dataset", "unknown_words"}.
+    Returns {"protocol", "version", "tokenizer", **{name: Score}}, r2gen also {"dataset", "unknown_words"}.
     Raises ScoreError for a choice that does not exist, no reference text, or a PTB tokenizer that does not run.
     """
     ids = sorted(references)
@@ -69,14 +69,14 @@ def text_scores(
     if tokenizer not in TOKENIZERS:
         raise ScoreError(f"unknown tokenizer {tokenizer!r}; choose from {', '.join(TOKENIZERS)}")
     hyp, ref = _tokenise([{i: [text] for i, text in said.items()}, true], tokenizer)
-    head = {"protocol": protocol, "protocol_version": PROTOCOLS[protocol], "tokenizer": tokenizer}
+    head = {"protocol": protocol, "version": PROTOCOLS[protocol], "tokenizer": tokenizer}
     return head | _scores(hyp, ref, clusters, meteor) | rouge(said, true, dict(zip(ids, clusters, strict=True)))
 
 
 def check_same_protocol(results: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises ScoreError where results of `text_scores` (system → result) must not stand in one table: they differ in
     protocol, its version, tokenizer, or R2Gen's data set and vocabulary."""
-    keys = ("protocol", "protocol_version", "tokenizer", "dataset", "unknown_words")
+    keys = ("protocol", "version", "tokenizer", "dataset", "unknown_words")
     kinds = {name: tuple(result.get(key) for key in keys) for name, result in results.items()}
     first = next(iter(kinds), None)
     for name, kind in kinds.items():
@@ -93,34 +93,35 @@ def corpus_bleu(totals: np.ndarray, order: int) -> np.ndarray:
     return precisions.prod(-1) ** (1 / order) * brevity
 
 
-def bleu(corpus: Corpus, counts: Sequence[Counts], clusters: Sequence[str], ids: Sequence[str]) -> dict[str, Score]:
+def sample_values(hyp: Tokens, ref: Tokens) -> tuple[np.ndarray, list[float], np.ndarray]:
+    """(S, 10) sums for `corpus_bleu`, ROUGE-L of each sample, (S,) CIDEr of each sample, in the order of `ref`.
+
+    hyp: id → [tokens]; ref: id → token strings; tokens joined by spaces.
+    """
+    corpus = read_corpus([hyp[i][0].split() for i in ref], [[text.split() for text in ref[i]] for i in ref])
+    counts = count_ngrams(corpus)
+    return bleu_sums(corpus, counts), _rouge_l_values(hyp, ref, corpus), cider_values(corpus, counts)
+
+
+def bleu(sums: np.ndarray, clusters: Sequence[str], ids: Sequence[str]) -> dict[str, Score]:
     """Corpus BLEU-1..4. Per sample: sentence BLEU. The interval resamples the sums that corpus BLEU is made of, not the
     sentence scores."""
-    sums = bleu_sums(corpus, counts)
     scores = {}
     for order, name in enumerate(NAMES[:4], 1):
         formula = partial(corpus_bleu, order=order)
         interval = bootstrap_interval(sums, clusters, formula)
-        scores[name] = _score(name, formula(sums.sum(0)), clusters, interval, _per_sample(ids, formula(sums)))
+        rows = _per_sample(ids, formula(sums), sums)
+        scores[name] = _score(name, formula(sums.sum(0)), clusters, interval, rows)
     return scores
 
 
-def rouge_l_values(hyp: Tokens, ref: Tokens, corpus: Corpus) -> list[float]:
-    """ROUGE-L of each sample; the subsequence length comes from rapidfuzz on token numbers, a hundred times faster."""
-    texts = [text for i in ref for text in (*hyp[i], *ref[i])]
-    rows = [_spaced(text, row, corpus.vocabulary) for text, row in zip(texts, corpus.rows, strict=True)]
-    bounds = [*np.flatnonzero(corpus.predicted).tolist(), len(rows)]
-    return [_rouge_l(rows[a], rows[a + 1 : b]) for a, b in zip(bounds, bounds[1:], strict=False)]
-
-
-def cider(corpus: Corpus, counts: Sequence[Counts], clusters: Sequence[str], ids: Sequence[str]) -> Score:
+def cider(values: Sequence[float], clusters: Sequence[str], ids: Sequence[str]) -> Score:
     """Mean CIDEr. Undefined for one pair: all word weights are then zero, and so is the score.
 
     The interval keeps the document frequencies of all references: it resamples the samples' values, not the weights.
     """
     if len(ids) < 2:
         return _undefined("CIDEr", "needs more than one pair: its word weights come from the other references")
-    values = cider_values(corpus, counts).tolist()
     return mean_score("CIDEr", VERSION, values, clusters, _per_sample(ids, values))
 
 
@@ -129,27 +130,33 @@ def meteor_score(hyp: Tokens, ref: Tokens, clusters: Sequence[str]) -> Score:
     if not has_java():
         return _undefined("METEOR", NO_JAVA)
     try:
-        value, values, sums = meteor_values([hyp[i][0] for i in ref], [ref[i] for i in ref])
+        value, values, sums = meteor_values(hyp, ref)
     except ScoreError as error:
         return _undefined("METEOR", str(error))
-    return _score(
-        "METEOR", value, clusters, bootstrap_interval(sums, clusters, corpus_meteor), _per_sample(list(ref), values)
-    )
+    interval = bootstrap_interval(sums, clusters, corpus_meteor)
+    return _score("METEOR", value, clusters, interval, _per_sample(list(ref), values, sums))
 
 
 def _scores(hyp: Tokens, ref: Tokens, clusters: Sequence[str], meteor: bool) -> dict[str, Score]:
     if not ref:
         return {name: _undefined(name, "no samples") for name in NAMES}
     ids = list(ref)
-    corpus = read_corpus([hyp[i][0].split() for i in ids], [[text.split() for text in ref[i]] for i in ids])
-    counts = count_ngrams(corpus)
-    overlap = rouge_l_values(hyp, ref, corpus)
+    sums, overlap, consensus = sample_values(hyp, ref)
     return {
-        **bleu(corpus, counts, clusters, ids),
+        **bleu(sums, clusters, ids),
         "ROUGE-L": mean_score("ROUGE-L", VERSION, overlap, clusters, _per_sample(ids, overlap)),
-        "CIDEr": cider(corpus, counts, clusters, ids),
+        "CIDEr": cider(consensus.tolist(), clusters, ids),
         "METEOR": meteor_score(hyp, ref, clusters) if meteor else _undefined("METEOR", "left out"),
     }
+
+
+def _rouge_l_values(hyp: Tokens, ref: Tokens, corpus: Corpus) -> list[float]:
+    """The subsequence length comes from rapidfuzz on token numbers, a hundred times faster."""
+    texts = [text for i in ref for text in (*hyp[i], *ref[i])]
+    numbers = dict(corpus.vocabulary)
+    rows = [_spaced(text, row, numbers) for text, row in zip(texts, corpus.rows, strict=True)]
+    bounds = [*np.flatnonzero(corpus.predicted).tolist(), len(rows)]
+    return [_rouge_l(rows[a], rows[a + 1 : b]) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
 def _r2gen(
@@ -166,7 +173,7 @@ def _r2gen(
         rows = [text.split()[:words] for text in r2gen_tokens(texts, dataset)]
         return [" ".join(word if known is None or word in known else "<unk>" for word in row) for row in rows]
 
-    head = {"protocol": "r2gen", "protocol_version": PROTOCOLS["r2gen"], "tokenizer": "r2gen", "dataset": dataset}
+    head = {"protocol": "r2gen", "version": PROTOCOLS["r2gen"], "tokenizer": "r2gen", "dataset": dataset}
     head["unknown_words"] = "kept" if known is None else "<unk>"
     hyp = {i: cut([text], longest) for i, text in said.items()}
     return head, hyp, {i: cut(texts, longest - 1) for i, texts in true.items()}
@@ -179,18 +186,14 @@ def _tokenise(groups: Sequence[Tokens], tokenizer: str) -> list[dict[str, list[s
     return [{i: [next(done) for _ in row] for i, row in group.items()} for group in groups]
 
 
-def _spaced(text: str, row: list[int], vocabulary: Mapping[str, int]) -> list:
-    """Token numbers as ROUGE-L sees them: it splits at each single space, so that an empty text is one empty token."""
-    if row and len(row) == text.count(" ") + 1 and not _other_space(text):
+def _spaced(text: str, row: list[int], numbers: dict[str, int]) -> list[int]:
+    """Token numbers as ROUGE-L sees them: it splits at each single blank, so that an empty text is one empty token."""
+    if len(row) == text.count(" ") + 1 and text.isprintable():  # the only white space in it is single blanks
         return row
-    return [vocabulary.get(word, word) for word in text.split(" ")]
+    return [numbers.setdefault(word, len(numbers)) for word in text.split(" ")]
 
 
-def _other_space(text: str) -> bool:
-    return len(text.split()) != text.count(" ") + 1
-
-
-def _rouge_l(hypothesis: list, references: Sequence[list]) -> float:
+def _rouge_l(hypothesis: list[int], references: Sequence[list[int]]) -> float:
     """Best precision and best recall over the references, which need not come from the same one."""
     common = [LCSseq.similarity(hypothesis, other) for other in references]
     precision = max(common) / len(hypothesis)
@@ -204,8 +207,10 @@ def _score(name: str, value: float, clusters: Sequence[str], interval, per_sampl
     return Score(name, VERSION, float(value), len(clusters), interval, len(set(clusters)), per_sample)
 
 
-def _per_sample(ids: Sequence[str], values: Sequence[float]) -> list[dict]:
-    return [{"sample_id": i, "value": float(value)} for i, value in zip(ids, values, strict=True)]
+def _per_sample(ids: Sequence[str], values: Sequence[float], sums: np.ndarray | None = None) -> list[dict]:
+    """With what a corpus score is made of, so that two systems' files can be compared by the corpus score."""
+    rows: list[dict] = [{"sample_id": i, "value": float(value)} for i, value in zip(ids, values, strict=True)]
+    return rows if sums is None else [row | {"sums": s} for row, s in zip(rows, sums.tolist(), strict=True)]
 
 
 def _undefined(name: str, reason: str) -> Score:

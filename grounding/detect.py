@@ -4,9 +4,11 @@ Dimension key: B images, V phrases, L locations, N regions, D label-vector width
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -161,9 +163,7 @@ class Grounder:
             for (text, label), p in zip(phrases, presence, strict=True)
         ]
         order = scores.argsort(descending=True, stable=True).tolist()
-        candidates = RegionSet(
-            inside.numpy(), labels, box.image_size, scores.numpy(), [_encode(m) for m in masks], queries
-        ).select(order)
+        candidates = RegionSet(inside.numpy(), labels, box.image_size, scores.numpy(), masks, queries).select(order)
         found = self._found(candidates)
         tokens = self.tokens_of(out, k, self._most_important(found), box)
         return Detection(candidates, found, tokens)
@@ -173,7 +173,10 @@ class Grounder:
         scores = (out.logits[k].sigmoid() * out.quality[k].sigmoid()[:, None]).sqrt()
         best = scores.topk(min(NEAREST, len(scores)), dim=0).indices
         rows: list[tuple[int, int]] = []
+        modality = MODALITIES[int(out.modality[k].argmax())]
         for v, (_, label) in enumerate(phrases):
+            if not self._occurs(label, modality):
+                continue
             ranked = best[:, v][scores[best[:, v], v] > FLOOR]
             limit = self._most_boxes(label)
             kept = (
@@ -183,6 +186,11 @@ class Grounder:
         location = torch.tensor([row[0] for row in rows], dtype=torch.long)
         phrase = torch.tensor([row[1] for row in rows], dtype=torch.long)
         return location, phrase, scores[location, phrase]
+
+    def _occurs(self, label: str | None, modality: str) -> bool:
+        """A checkpoint of several modalities does not look for a polyp in a blood smear."""
+        one = len(self.config.modalities) == 1
+        return one or label not in self.tree.nodes or modality in self.tree.modalities(label)
 
     def _most_boxes(self, label: str | None) -> int:
         if label is None or self.tree.is_finding(label):
@@ -288,28 +296,53 @@ def _row(out: MedGLIPOutput, k: int) -> MedGLIPOutput:
     )
 
 
-def _masks(out: MedGLIPOutput, k: int, location: torch.Tensor, boxes: torch.Tensor, box: Letterbox) -> np.ndarray:
-    """(N, H, W) uint8 in the user's image: prototypes weighed by coefficients, cut to the box, half and over."""
+def _masks(
+    out: MedGLIPOutput, k: int, location: torch.Tensor, boxes: torch.Tensor, box: Letterbox
+) -> list[dict[str, Any]]:
+    """COCO RLE in the user's image, N: prototypes weighed by coefficients, half and over, inside the region's box.
+
+    Only the pixels of the box are looked at: a region is small, and the image may have millions.
+    """
     top, left, height, width = box.content
     if not len(location):
-        return np.zeros((0, *box.image_size), np.uint8)
+        return []
     logits = torch.einsum("np,phw->nhw", out.coefficients[k][location], out.prototypes[k])
     full = F.interpolate(logits[:, None], size=(box.size, box.size), mode="bilinear", align_corners=False)
     full = full[:, :, top : top + height, left : left + width]
-    if full.shape[-2:] != box.image_size:
-        full = F.interpolate(full, size=box.image_size, mode="bilinear", align_corners=False)
-    masks = full[:, 0] > 0
-    h, w = box.image_size
-    edges = box.invert(boxes).clamp(0, 1)
-    y, x = (torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w
-    rows = (y > edges[:, 1:2]) & (y < edges[:, 3:])
-    columns = (x > edges[:, :1]) & (x < edges[:, 2:3])
-    return (masks & rows[:, :, None] & columns[:, None]).to(torch.uint8).numpy()
+    (h, w), masks = box.image_size, []
+    for one, (x1, y1, x2, y2) in zip(full, (box.invert(boxes).clamp(0, 1)).tolist(), strict=True):
+        rows, columns = _centres_inside(y1, y2, h), _centres_inside(x1, x2, w)
+        masks.append(encode_inside(_sampled(one[None], rows, columns, (h, w)), rows.start, columns.start, (h, w)))
+    return masks
 
 
-def _encode(mask: np.ndarray) -> dict:
-    coded = rle.encode(np.asfortranarray(mask))
-    return {"size": list(coded["size"]), "counts": coded["counts"].decode()}
+def _centres_inside(low: float, high: float, side: int) -> range:
+    """The pixels whose centres lie strictly between two edges in [0, 1]."""
+    return range(math.floor(low * side - 0.5) + 1, math.ceil(high * side - 0.5))
+
+
+def _sampled(logits: torch.Tensor, rows: range, columns: range, size: tuple[int, int]) -> np.ndarray:
+    """(1, 1, h', w') logits of the whole image → bool at those pixels of it at (H, W); as F.interpolate would."""
+    if logits.shape[-2:] == size:
+        return (logits[0, 0, rows.start : rows.stop, columns.start : columns.stop] > 0).numpy()
+    if not rows or not columns:
+        return np.zeros((len(rows), len(columns)), bool)
+    y, x = ((torch.tensor(r) + 0.5) / side * 2 - 1 for r, side in zip((rows, columns), size, strict=True))
+    grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)[None]
+    return (F.grid_sample(logits, grid, padding_mode="border", align_corners=False)[0, 0] > 0).numpy()
+
+
+def encode_inside(inside: np.ndarray, top: int, left: int, size: tuple[int, int]) -> dict[str, Any]:
+    """COCO RLE of the (H, W) mask that is `inside` (h, w) bool at (top, left), and zero elsewhere."""
+    columns, rows = np.nonzero(inside.T)
+    pixels = (columns + left) * size[0] + rows + top  # run lengths go down the columns
+    apart = np.diff(pixels) != 1
+    starts = pixels[np.r_[True, apart][: len(pixels)]]
+    ends = pixels[np.r_[apart, True][: len(pixels)]] + 1
+    counts = np.diff(np.r_[0, np.stack([starts, ends], 1).ravel(), size[0] * size[1]])
+    counts = counts if counts[-1] else counts[:-1]  # as COCO writes it
+    coded = rle.frPyObjects({"size": list(size), "counts": counts.tolist()}, *size)
+    return {"size": list(size), "counts": coded["counts"].decode()}
 
 
 def attach_findings(regions: RegionSet, tree: LabelTree, places: RegionSet | None = None) -> list[str]:
@@ -353,5 +386,5 @@ def _contained(inner: RegionSet, outer: RegionSet) -> np.ndarray:
     """(I, O) share of each inner region that lies in each outer one: by masks where both have them, else by boxes."""
     if inner.masks is None or outer.masks is None:
         return containment(torch.from_numpy(inner.boxes), torch.from_numpy(outer.boxes)).numpy()
-    a, b = (np.stack([rle.decode(mask).ravel() for mask in one.masks]).astype(np.float32) for one in (inner, outer))
-    return a @ b.T / a.sum(1, keepdims=True).clip(min=1)
+    # COCO's IoU with a "crowd" is the intersection over the first area.
+    return np.asarray(rle.iou(inner.masks, outer.masks, [True] * len(outer)), np.float32)

@@ -46,7 +46,7 @@ def test_vqa(files):
     overall = written["protocols"]["strict"]["overall"]
     assert (overall["value"], overall["n"], len(overall["per_sample"])) == (1.0, 2, 2)
     assert results["protocols"]["strict"]["overall"].value == 1.0
-    assert written["checks"] == {"missing": [], "extra": [], "empty": []}
+    assert written["checks"] == {"missing": [], "extra": [], "empty": [], "repeated": []}
     assert len(written["files"]["predictions"]["sha256"]) == 64
     assert written["versions"]["numpy"]
 
@@ -62,7 +62,7 @@ def test_order_of_lines_changes_nothing(files):
 def test_missing_is_wrong_and_listed_extra_is_listed(files):
     answers = [ANSWERS[0], {"sample_id": "q9", "prediction": ""}]
     results = score_files("vqa", files("p.jsonl", answers), files("r.jsonl", QUESTIONS))
-    assert results["checks"] == {"missing": ["q2"], "extra": ["q9"], "empty": ["q9"]}
+    assert results["checks"] == {"missing": ["q2"], "extra": ["q9"], "empty": ["q9"], "repeated": []}
     assert results["protocols"]["strict"]["overall"].value == 0.5
 
 
@@ -78,7 +78,7 @@ def test_report(files, no_java, capsys):
     assert run_score(args) == 0
     written = read("s.json")["protocols"]
     assert written["findings"]["finding"]["f1"]["value"] == 1.0
-    assert written["text"]["METEOR"]["value"] is None
+    assert written["full"]["METEOR"]["value"] is None
     printed = " ".join(capsys.readouterr().out.split())
     assert "undefined (Java" in printed and "tokens words" in printed and "written: s.json" in printed
 
@@ -94,8 +94,8 @@ def test_the_projects_own_reports_file_is_read(files, no_java):
 def test_several_references(files, no_java):
     rows = [{"sample_id": "r1", "references": ["no lesion", "normal study"]}, REPORTS[1]]
     said = [{"sample_id": "r1", "prediction": "normal study"}, {"sample_id": "r2", "prediction": "No lesion is seen."}]
-    results = score_files("report", files("p.jsonl", said), files("r.jsonl", rows), ["text"])
-    assert results["protocols"]["text"]["ROUGE-L"].value == pytest.approx(1.0)
+    results = score_files("report", files("p.jsonl", said), files("r.jsonl", rows), ["full"])
+    assert results["protocols"]["full"]["ROUGE-L"].value == pytest.approx(1.0)
 
 
 def test_regions_jsonl(files, tmp_path):
@@ -105,7 +105,7 @@ def test_regions_jsonl(files, tmp_path):
     write_regions(tmp_path / "p.jsonl", {"a": RegionSet(region.boxes, region.labels, (10, 10), [0.5])})
     results = score_files("grounding", "p.jsonl", "r.jsonl", ["coco"], "s.json")
     assert results["protocols"]["coco"]["overall"]["AP50"].value == pytest.approx(1.0)
-    assert results["checks"] == {"missing": ["b"], "extra": [], "empty": []}
+    assert results["checks"] == {"missing": ["b"], "extra": [], "empty": [], "out of frame": []}
     assert read("s.json")["protocols"]["coco"]["overall"]["dice"]["value"] is None
 
 
@@ -129,7 +129,7 @@ def coco_results():
 
 def test_coco_json_with_annotation_id_0_and_polygons(files):
     predictions = files("p.json", [json.dumps(coco_results())])
-    results = score_files("grounding", predictions, files("r.json", [json.dumps(coco_truth())]))
+    results = score_files("grounding", predictions, files("r.json", [json.dumps(coco_truth())]), ["coco"])
     scores = results["protocols"]["coco"]["overall"]
     assert {name: score.value for name, score in scores.items()} == pytest.approx(
         {"AP": 1.0, "AP50": 1.0, "acc@0.5": 1.0, "pointing": 1.0, "dice": 1.0}
@@ -164,7 +164,7 @@ def test_coco_results_may_be_empty(files):
     ("answers", "message"),
     [
         ([*ANSWERS, ANSWERS[0]], r"p\.jsonl:3: sample_id 'q1' again, first on line 1; keep one"),
-        ([ANSWERS[0], "{broken\n", "also\n"], r"p\.jsonl:2: not JSON .* \(and 1 more lines\); write one JSON object"),
+        ([ANSWERS[0], "{broken\n", "also\n"], r"p\.jsonl:2: not JSON .* \(and 1 more: line 3 not"),
         (["[1]\n"], r"p\.jsonl:1: not a JSON object"),
         ([{"prediction": "yes"}], r'p\.jsonl:1: no "sample_id"'),
         ([{"sample_id": "q1"}], r'p\.jsonl:1: "prediction" is missing; give a text'),
@@ -222,7 +222,7 @@ def test_wrong_names_and_paths(files, tmp_path):
     predictions, references = files("p.jsonl", ANSWERS), files("r.jsonl", QUESTIONS)
     with pytest.raises(ScoreError, match="unknown task 'vpa'; choose one of vqa, report, grounding"):
         score_files("vpa", predictions, references)
-    with pytest.raises(ScoreError, match="unknown protocol 'exact' for vqa; choose from strict"):
+    with pytest.raises(ScoreError, match="unknown protocol 'exact' for vqa; choose from strict, llavamed"):
         score_files("vqa", predictions, references, ["exact"])
     with pytest.raises(ScoreError, match=r"none\.jsonl: cannot be read \(No such file"):
         score_files("vqa", "none.jsonl", references)

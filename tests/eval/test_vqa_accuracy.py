@@ -49,6 +49,65 @@ def test_verdicts(prediction, reference, right, status):
     assert judge(prediction, [reference]) == (right, status)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "reference", "right", "status"),
+    [
+        *[
+            (form, "A", True, "ok")
+            for form in ("A", "a", "(A)", "A.", "A)", "[A]", "A. liver", "Option A", "Answer: (A)")
+        ],
+        *[(form, "A. liver", True, "ok") for form in ("A", "(A)", "liver", "A: the liver", "The answer is A.")],
+        ("B", "A", False, "ok"),
+        ("A. kidney", "A. liver", False, "ok"),
+        ("B. liver", "A. liver", False, "ok"),
+        ("a lesion", "A", False, "unparsed"),
+        ("the", "A", False, "unparsed"),
+        ("E. coli", "E. coli", True, "ok"),
+        ("spleen, liver", "liver and spleen", True, "ok"),
+        ("Spleen & the liver.", "liver and spleen", True, "ok"),
+        ("liver", "liver and spleen", False, "ok"),
+        ("liver, spleen and kidney", "liver and spleen", False, "ok"),
+        ("right and left kidney", "left kidney, right kidney", True, "ok"),
+        ("left kidney and right lung", "right kidney and left lung", False, "ok"),
+        ("肝脏和脾脏", "脾脏、肝脏", True, "ok"),
+        ("lungs", "lung", True, "ok"),
+        ("pulmonary edema", "pulmonary oedema", True, "ok"),
+        ("spleen; lungs", "lung and spleen", True, "ok"),
+        ("The answer is: yes, clearly", "yes", True, "ok"),
+        ("**Answer:** No", "no", True, "ok"),
+        ("answers vary", "no", False, "unparsed"),
+        ("Final answer: 1.5 cm", "15 mm", True, "ok"),
+        ("１５ｍｍ", "15 mm", True, "ok"),
+        ("是的，可以看到", "包含", True, "ok"),
+        ("不包含", "包含", False, "ok"),
+    ],
+)
+def test_verdicts_of_version_2(prediction, reference, right, status):
+    assert judge(prediction, [reference]) == (right, status)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["Liver", "A kidney", "Lungs"], {"A": "liver", "B": "kidney", "C": "lung"}, ["A. liver", "B) kidney", "(C) lung"]],
+)
+def test_options_of_the_row(options):
+    for wanted in ("B", "kidney", "(B) kidney"):
+        for said in ("B", "(b)", "kidney", "The kidney.", "B. kidney", "B, because it is dark", "The answer is B."):
+            assert judge(said.replace(", b", ": b"), [wanted], options=options) == (True, "ok"), (said, wanted)
+        assert judge("A", [wanted], options=options) == (False, "ok")
+        assert judge("B. liver", [wanted], options=options) == (False, "ok")
+        assert judge("D", [wanted], options=options) == (False, "unparsed")
+        assert judge("spleen", [wanted], options=options) == (False, "unparsed")
+    rows = [{"sample_id": "1", "answer": "C", "answer_type": "closed", "options": options}]
+    assert vqa_accuracy({"1": "the lung"}, rows)["overall"].value == 1.0
+
+
+def test_names_depend_on_the_modality():
+    row = {"sample_id": "1", "answer": "pulmonary oedema", "answer_type": "open"}
+    for modality, right in (("X-Ray", 1.0), ("MRI", 0.0)):
+        assert vqa_accuracy({"1": "edema"}, [{**row, "modality": modality}])["overall"].value == right
+
+
 def test_any_of_several_references_will_do():
     assert judge("insula", ["insular cortex", "Insula"]) == (True, "ok")
     assert judge("insular lobe", ["insula"], {"insular lobe": "insula"}) == (True, "ok")
