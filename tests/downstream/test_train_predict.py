@@ -187,10 +187,8 @@ def test_tiny_base_is_the_same_for_the_same_seed():
     assert tiny_base().fingerprint == tiny_base().fingerprint != tiny_base(1).fingerprint
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    ["zero2", pytest.param("zero3", marks=pytest.mark.slow), pytest.param("ddp", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow  # the quick case of two processes is grounding's
+@pytest.mark.parametrize("launcher", ["zero2", "zero3", "ddp"])
 def test_two_processes_train_resume_and_predict(launcher, data, launch, tmp_path):
     launch(launcher, "downstream.train", *settings(data, tmp_path))
     values = losses(tmp_path)
