@@ -26,8 +26,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from configs import write_atomic
+from eval.compare_files import (
+    MetricPath,
+    System,
+    check_same,
+    load_system,
+    name_systems,
+    note_checks,
+    note_differences,
+    shared_metrics,
+)
 from eval.findings import f1_of
-from eval.lines import read_json
 from eval.meteor import corpus_meteor
 from eval.statistics import (
     Statistic,
@@ -46,27 +55,15 @@ from eval.statistics import (
 )
 from eval.table import as_markdown, as_rich
 from eval.text import corpus_bleu
-from eval.types import ScoreError
+from eval.types import ScoreError, lower_is_better
 
 BASES = ("first", "best")
 COLUMNS = ["metric", "system", "score", "difference [95 %]", "p", "Holm", "test", "effect", "visible", "n"]
 CORPUS: dict[str, Statistic] = {f"BLEU-{n}": partial(corpus_bleu, order=n) for n in (1, 2, 3, 4)}
 CORPUS["METEOR"] = corpus_meteor
-LOWER_IS_BETTER = ("hd95", "hausdorff")  # in the metric's name
 
 _MATCH = 1e-6  # a recomputed score that is farther from the file's is not that score
 _COUNTS = ("tp", "fp", "fn")
-
-MetricPath = tuple[str, ...]
-
-
-class System(NamedTuple):
-    """One scores.json. metrics: where it stands → the score's JSON form, of those with a per-sample column."""
-
-    name: str
-    path: Path
-    content: dict
-    metrics: dict[MetricPath, dict]
 
 
 class Column(NamedTuple):
@@ -91,11 +88,11 @@ def compare_files(
         raise ScoreError(f"--against {against!r}; choose one of {', '.join(BASES)}")
     if len(paths) < 2:
         raise ScoreError("a comparison needs two scores.json files or more")
-    systems = _named([_load(Path(path)) for path in paths])
-    notes = _check_same(systems)
+    systems = name_systems([load_system(Path(path)) for path in paths])
+    notes = [*check_same(systems), *note_differences(systems), *note_checks(systems)]
     comparisons, left_out = [], []
     parts = _parts(systems[0], by)
-    for path in _shared(systems, metrics):
+    for path in shared_metrics(systems, metrics):
         rows = [row for name, ids in parts for row in _compare_metric(systems, path, against, name, ids)]
         comparisons += rows
         left_out += [] if rows else [" · ".join(path)]
@@ -151,97 +148,6 @@ def table_rows(comparisons: Sequence[Mapping]) -> list[list[str]]:
         visible = _three(row["visible"], "none" if row["effect"] else "")
         rows.append(["", row["system"], *cells, visible, str(row["n"])])
     return rows
-
-
-# --- reading, and what makes files comparable
-
-
-def _load(path: Path) -> System:
-    content = read_json(path)
-    if not isinstance(content, dict) or not all(key in content for key in ("task", "files", "protocols", "clusters")):
-        raise ScoreError(f"{path}: not a scores.json of `medglip score`; write it with --out (schema 2 or later)")
-    return System(path.stem, path, content, dict(_metrics(content["protocols"])))
-
-
-def _named(systems: Sequence[System]) -> list[System]:
-    """Each under the shortest name that tells it apart: the file's, then with its folder, then the whole path."""
-    for name in (lambda p: p.stem, lambda p: f"{p.parent.name}/{p.stem}", str):
-        names = [name(system.path) for system in systems]
-        if len(set(names)) == len(names):
-            return [system._replace(name=n) for system, n in zip(systems, names, strict=True)]
-    raise ScoreError(f"{systems[0].path}: a file is given twice; compare different ones")
-
-
-def _metrics(node: Mapping, path: MetricPath = ()):
-    for key, value in node.items():
-        if isinstance(value, dict) and value.get("per_sample") and value.get("value") is not None:
-            if all("value" in row for row in value["per_sample"]):
-                yield (*path, key), value
-        elif isinstance(value, dict):
-            yield from _metrics(value, (*path, key))
-
-
-def _check_same(systems: Sequence[System]) -> list[str]:
-    """Notes on what is odd but can be compared. Raises ScoreError where two files answer different questions."""
-    first, notes = systems[0], []
-    for other in systems[1:]:
-        pair = f"{first.path} and {other.path}"
-        for what, value in (("tasks", _task), ("references (sha256)", _references), ("sample ids", _ids)):
-            if value(first.content) != value(other.content):
-                shown = "" if what == "sample ids" else f": {value(first.content)} and {value(other.content)}"
-                raise ScoreError(f"{pair} have different {what}{shown}; score both against the same file")
-        _check_protocols(first, other, notes)
-        if _hash(first.content, "predictions") == _hash(other.content, "predictions"):
-            notes.append(f"{first.name} and {other.name} are scores of the same predictions")
-    return notes
-
-
-def _check_protocols(first: System, other: System, notes: list[str]) -> None:
-    a, b = first.content["protocols"], other.content["protocols"]
-    pair = f"{first.path} and {other.path}"
-    if not a.keys() & b.keys():
-        names = f"{', '.join(a)} and {', '.join(b)}"
-        raise ScoreError(f"{pair} share no protocol: {names}; score both with the same --protocol")
-    for name in sorted(a.keys() ^ b.keys()):
-        notes.append(f"protocol {name} is left out: only one of {first.name} and {other.name} has it")
-    for name in a.keys() & b.keys():
-        for key in ("protocol", "version", "tokenizer"):
-            if a[name].get(key) != b[name].get(key):
-                said = f"{a[name].get(key)} and {b[name].get(key)}"
-                raise ScoreError(f"{pair} differ in the {key} of {name}: {said}; score both again with one version")
-    for path in first.metrics.keys() & other.metrics.keys():
-        versions = first.metrics[path]["version"], other.metrics[path]["version"]
-        if versions[0] != versions[1]:
-            where, said = " · ".join(path), " and ".join(map(str, versions))
-            raise ScoreError(f"{pair} have different versions of {where}: {said}; score both again with one version")
-
-
-def _task(content: Mapping) -> Any:
-    return content["task"]
-
-
-def _references(content: Mapping) -> Any:
-    return _hash(content, "references")[:12]
-
-
-def _hash(content: Mapping, name: str) -> str:
-    return str(content["files"].get(name, {}).get("sha256"))
-
-
-def _ids(content: Mapping) -> Any:
-    return content["clusters"]
-
-
-def _shared(systems: Sequence[System], wanted: Sequence[str]) -> list[MetricPath]:
-    shared = [path for path in systems[0].metrics if all(path in system.metrics for system in systems)]
-    unknown = [name for name in wanted if not any(name in path for path in shared)]
-    if unknown:
-        known = ", ".join(dict.fromkeys(part for path in shared for part in path))
-        raise ScoreError(f"no metric {unknown[0]!r} in all files; choose from {known}")
-    return [path for path in shared if not wanted or set(wanted) & set(path)]
-
-
-# --- one metric
 
 
 def _compare_metric(
@@ -301,7 +207,7 @@ def _row_key(row: Mapping) -> tuple[str, str]:
 
 
 def _best(scores: Sequence[float | None], path: MetricPath) -> int:
-    lower = any(word in part.lower() for part in path for word in LOWER_IS_BETTER)
+    lower = lower_is_better(path[-1])
     return max(range(len(scores)), key=lambda k: -np.inf if scores[k] is None else -scores[k] if lower else scores[k])
 
 

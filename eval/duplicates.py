@@ -25,7 +25,7 @@ A placement is (scale - 1, shift) of rows, then of columns, in half sides of the
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, lru_cache, reduce
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -112,10 +112,10 @@ def _away_from_edges(band: np.ndarray) -> np.ndarray:
     """`_squash`, faded out around details four times as strong as the image's median."""
     strength = np.abs(band)
     usual = np.maximum(np.median(strength[:, ::2, ::2], axis=(1, 2), keepdims=True), 1)  # a quarter: it is slow
-    for axis in (1, 2):
-        padded = np.pad(strength, [(0, 0), *((1, 1) if axis == a else (0, 0) for a in (1, 2))])
-        shifts = (padded.take(range(k, k + T), axis) for k in range(3))
-        strength = reduce(np.maximum, shifts)
+    for rows in (strength, strength.swapaxes(1, 2)):  # the largest of 3 x 3
+        before = rows.copy()
+        np.maximum(rows[:, 1:], before[:, :-1], out=rows[:, 1:])
+        np.maximum(rows[:, :-1], before[:, 1:], out=rows[:, :-1])
     return _squash(band) / (1 + (strength / (4 * usual)) ** 2)
 
 
@@ -234,16 +234,20 @@ def _best(hits: np.ndarray, side: str) -> np.ndarray:
 
 
 class Side(NamedTuple):
-    """One side of K pairs: `thumbnails` (K, T, T), `placement` (K, 4) and `descriptors` (K, F, F) of a view of each."""
+    """One side of K pairs: `thumbnails` (K, T, T), `placement` (K, 4) and `descriptors` (K, F, F) of a view of each,
+    and `small` (K, T / 2, T / 2), the texture of what lies at the placement."""
 
     thumbnails: np.ndarray
     placement: np.ndarray
     descriptors: np.ndarray
+    small: np.ndarray
 
 
 def _side(thumbnails: np.ndarray, views: Views, rows: np.ndarray) -> Side:
-    images = np.asarray(thumbnails[views.owner[rows]], np.float32)
-    return Side(images, views.placement[rows], views.descriptors[rows].astype(np.float32))
+    rows, pair = np.unique(rows, return_inverse=True)  # a view is in several pairs, and looked at once
+    images, placement = np.asarray(thumbnails[views.owner[rows]], np.float32), views.placement[rows]
+    small = _squash(_band(_place(_halve(images), placement)[0], 0.7, 2.7))
+    return Side(*(part[pair] for part in (images, placement, views.descriptors[rows].astype(np.float32), small)))
 
 
 def _check(x: Side, y: Side) -> np.ndarray:
@@ -252,8 +256,7 @@ def _check(x: Side, y: Side) -> np.ndarray:
     swap = x.thumbnails.sum((1, 2)) > y.thumbnails.sum((1, 2))
     x, y = _exchange(swap, x, y), _exchange(swap, y, x)
     ways = np.argmax([np.einsum("kij,kij->k", x.descriptors, _turn_descriptors(y.descriptors, w)) for w in range(8)], 0)
-    small = [_place(_halve(side.thumbnails), side.placement)[0] for side in (x, y)]
-    there, agreement = _align(small[0], _turn_each(small[1], ways))
+    there, agreement = _align(x.small, _turn_each(y.small, ways))
     scores, rest = np.zeros(len(ways), np.float32), np.nonzero(agreement >= ALIKE)[0]
     if len(rest):
         first, second = (_place(side.thumbnails[rest], side.placement[rest])[0] for side in (x, y))
@@ -278,20 +281,26 @@ def _score_both_ways(x: np.ndarray, y: np.ndarray, there: np.ndarray) -> np.ndar
     """The best of: as they are, y moved onto x, x moved onto y. (K, T, T) each. What is settled is not moved."""
     scale, shift = there[:, ::2], there[:, 1::2]
     back = np.stack([1 / (1 + scale) - 1, -shift / (1 + scale)], 2).reshape(-1, 4)
-    scores = _score(x, y, np.ones((1, T, T), bool))
-    for still, moving, placement, least in ((x, y, there, -1), (y, x, back, SAME - CLOSE)):
+    seen = _textures(x), _textures(y)
+    scores = _score(*seen, np.ones((1, T, T), bool))
+    for still, moving, placement, least in ((seen[0], y, there, -1), (seen[1], x, back, SAME - CLOSE)):
         open_ = np.nonzero((scores >= least) & (scores < SAME))[0]
         if not len(open_):
             continue
         moved, inside = _place(moving[open_], placement[open_])
-        scores[open_] = np.maximum(scores[open_], _score(still[open_], moved, inside))
+        scores[open_] = np.maximum(scores[open_], _score(still[:, open_], _textures(moved), inside))
     return scores
 
 
+def _textures(images: np.ndarray) -> np.ndarray:
+    """(K, T, T) → (2, K, T, T): all of it, and that away from edges."""
+    band = _band(images, 0.7, 2.0)
+    return np.stack([_squash(band), _away_from_edges(band)])
+
+
 def _score(x: np.ndarray, y: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    bands = [_band(images, 0.7, 2.0) for images in (x, y)]
-    parts = [_correlate(*map(texture, bands), inside) for texture in (_squash, _away_from_edges)]
-    return (parts[0] + parts[1]) / 2
+    """(K,) of two `_textures`."""
+    return (_correlate(x[0], y[0], inside) + _correlate(x[1], y[1], inside)) / 2
 
 
 def _correlate(f: np.ndarray, g: np.ndarray, inside: np.ndarray) -> np.ndarray:
@@ -300,8 +309,7 @@ def _correlate(f: np.ndarray, g: np.ndarray, inside: np.ndarray) -> np.ndarray:
 
 
 def _align(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(K, 4) placement in y that shows x, by Gauss-Newton on the texture, and how well they then correlate (K,)."""
-    x, y = (_squash(_band(images, 0.7, 2.7)) for images in (x, y))
+    """(K, 4) placement in y that shows x, both textures, by Gauss-Newton, and how well they then correlate (K,)."""
     size = x.shape[-1]
     place, along = np.zeros((len(x), 4), np.float32), _centres(size)
     for _ in range(STEPS):
@@ -335,8 +343,15 @@ def _place(images: np.ndarray, placement: np.ndarray, cubic: bool = True) -> tup
 
 def _interpolate(at: np.ndarray, cubic: bool) -> np.ndarray:
     """(K, S) positions → (K, S, S) weights: linear, or Keys' cubic (IEEE Trans. ASSP 29(6), 1981)."""
-    d = np.abs(at[:, :, None] - np.arange(at.shape[1], dtype=np.float32))
-    if not cubic:
-        return np.maximum(1 - d, 0)
-    far = np.where(d < 2, ((-0.5 * d + 2.5) * d - 4) * d + 2, 0)
-    return np.where(d < 1, (1.5 * d - 2.5) * d * d + 1, far).astype(np.float32)
+    size, below = at.shape[1], np.floor(at)
+    weights = np.zeros(
+        (len(at), size, size + 3), np.float32
+    )  # a cell more before, two after: what falls there is cut off
+    rows = np.arange(at.size).reshape(at.shape) * (size + 3) + 1
+    for step in (-1, 0, 1, 2) if cubic else (0, 1):  # the cells around a position; all others weigh nothing
+        cell = below + np.float32(step)
+        d = np.abs(at - cell)
+        near = (1.5 * d - 2.5) * d * d + 1 if cubic else np.maximum(1 - d, 0)
+        far = ((-0.5 * d + 2.5) * d - 4) * d + 2 if cubic else near
+        weights.reshape(-1)[rows + cell.astype(np.int64)] = np.where(d < 1, near, far)
+    return weights[:, :, 1 : size + 1]

@@ -36,7 +36,8 @@ def fingerprint(pixels: np.ndarray) -> Fingerprint:
     code.update(pixels)
     # Bilinear with antialiasing: a cell is a weighted mean of the pixels under it and beside it, whatever the ratio,
     # so that 512 and 300 pixels give nearly the same cell.
-    grey = Image.fromarray(pixels).convert("L")
+    image = Image.fromarray(pixels)
+    grey = image if image.mode == "L" else image.convert("L")
     return Fingerprint(code.digest(), np.asarray(grey.resize((T, T), Image.Resampling.BILINEAR, reducing_gap=3.0)))
 
 
@@ -44,8 +45,9 @@ def read_picture(path: str | Path) -> np.ndarray:
     """Pixels of a PNG, JPEG, TIFF or BMP of 8 bits, turned as its EXIF says. Raises OSError or ValueError."""
     try:
         with Image.open(path, formats=("PNG", "JPEG", "TIFF", "BMP")) as image:
-            image = ImageOps.exif_transpose(image)
-            return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+            ImageOps.exif_transpose(image, in_place=True)
+            mode = "L" if image.mode in ("1", "L") else "RGB"
+            return np.asarray(image if image.mode == mode else image.convert(mode))  # convert always copies
     except (Image.DecompressionBombError, SyntaxError) as error:  # the latter is Pillow's word for a broken PNG
         raise ValueError(f"{path}: {error}") from None
 

@@ -208,28 +208,30 @@ def _top_box(said: RegionSet | None, name: str, tree: LabelTree) -> RegionSet | 
 
 def _judge_pair(top: RegionSet | None, reference: RegionSet) -> dict[str, float | None]:
     if top is None:
-        return {"acc@0.5": 0.0, "pointing": 0.0, "dice": None if reference.masks is None else 0.0}
+        return {"acc@0.5": 0.0, "pointing": 0.0, "dice": None if reference.full_masks is None else 0.0}
     hit = pairwise_iou(top.boxes, reference.boxes).max() >= 0.5
+    said, true = top.full_masks, reference.full_masks
     return {
         "acc@0.5": float(hit),
         "pointing": float(points_into(top, reference)),
-        "dice": None if top.masks is None or reference.masks is None else best_dice(top.masks[0], reference.masks),
+        "dice": best_dice(said[0], true) if said and true else None,
     }
 
 
 def check_masks(image_id: str, top: RegionSet | None, reference: RegionSet) -> None:
     """Raises ScoreError where masks of one image differ in size."""
     masks = [mask for regions in (top, reference) if regions is not None for mask in regions.masks or []]
-    sizes = sorted({tuple(mask["size"]) for mask in masks})
+    sizes = sorted({tuple(mask["size"]) for mask in masks if mask is not None})
     if len(sizes) > 1:
         raise ScoreError(f"image {image_id}: masks of sizes {sizes[0]} and {sizes[1]}; resize the predicted ones first")
 
 
 def points_into(top: RegionSet, reference: RegionSet) -> bool:
     """The pointing game: does the deepest pixel (with masks) or the centre of the top region hit the reference?"""
-    if top.masks is not None and reference.masks is not None:
-        row, column = deepest_pixel(rle.decode(top.masks[0]))
-        return any(rle.decode(mask)[row, column] for mask in reference.masks)
+    said, true = top.full_masks, reference.full_masks
+    if said and true:
+        row, column = deepest_pixel(rle.decode(said[0]))
+        return any(rle.decode(mask)[row, column] for mask in true)
     point = (top.boxes[0, :2] + top.boxes[0, 2:]) / 2
     return bool(((reference.boxes[:, :2] <= point) & (point <= reference.boxes[:, 2:])).all(1).any())
 

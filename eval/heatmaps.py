@@ -3,7 +3,7 @@
 Dimension key: H, W pixels of an image or cells of a heat map. Masks are (H, W) bool, spacing is (row, column) in mm.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 
 from eval.statistics import mean_score
 from eval.types import Score, ScoreError
+from grounding.labels import LabelTree, load_label_tree
 from grounding.types import RegionSet
 
 VERSION = "1"
@@ -69,31 +70,62 @@ def heatmap_scores(
     the region, mean over these thresholds, as BioViL-T has it, https://arxiv.org/abs/2301.04558). A pair without a map
     has pointing 0 and mIoU 0, and no CNR. Raises ScoreError for a map that is not two-dimensional.
     """
-    rows = []
+    return mean_heatmap_scores(judge_heatmaps(heatmaps, references), patients)
+
+
+def judge_heatmaps(
+    heatmaps: Mapping[str, Mapping[str, np.ndarray]],
+    references: Mapping[str, RegionSet],
+    modalities: Mapping[str, str] | None = None,
+    tree: LabelTree | None = None,
+) -> list[dict[str, Any]]:
+    """{"sample_id", "label", "map": is there one?, and HEAT_METRICS} of each pair, for `heatmap_scores`.
+
+    The map of a label is the one of its own name, else of another name that the label tree has for it in the image's
+    modality (modalities: image_id → modality).
+    """
+    tree, rows = tree or load_label_tree(), []
     for image_id in sorted(references):
+        maps, modality = heatmaps.get(image_id, {}), (modalities or {}).get(image_id)
         for label in sorted(set(references[image_id].labels)):
-            heat = heatmaps.get(image_id, {}).get(label)
-            rows.append({"sample_id": image_id, "label": label, **_judge(heat, references[image_id], label, image_id)})
+            name = find_map(maps, label, modality, tree)
+            verdict = _judge(None if name is None else maps[name], references[image_id], label, image_id)
+            rows.append({"sample_id": image_id, "label": label, "map": name is not None, **verdict})
+    return rows
+
+
+def find_map(names: Iterable[str], label: str, modality: str | None, tree: LabelTree) -> str | None:
+    """The one of the names that a label has."""
+    if label in names:
+        return label
+    known = tree.find(label, modality=modality)
+    return next((name for name in names if known and tree.find(name, modality=modality) == known), None)
+
+
+def mean_heatmap_scores(
+    rows: Sequence[Mapping[str, Any]], patients: Mapping[str, str] | None = None
+) -> dict[str, Score]:
+    """The means of `judge_heatmaps`, with per_sample."""
     clusters = [(patients or {}).get(row["sample_id"], row["sample_id"]) for row in rows]
     scores = {}
     for name in HEAT_METRICS:
-        column = [{"sample_id": row["sample_id"], "label": row["label"], "value": row[name]} for row in rows]
+        column = [{"sample_id": row["sample_id"], "class": row["label"], "value": row[name]} for row in rows]
         reason = "no heat maps with contrast" if "CNR" in name else "no reference regions"
         scores[name] = mean_score(name, VERSION, [row[name] for row in rows], clusters, column, reason)
     return scores
 
 
 def region_mask(regions: RegionSet, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool on any grid over the image: cells whose centre lies in a mask, or where there are none in a box."""
+    """(H, W) bool on any grid over the image: cells whose centre lies in a mask, or in the box of a region without."""
     height, width = size
     y, x = (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width
-    if regions.masks is not None:
-        together = rle.decode(rle.merge(list(regions.masks))).astype(bool)
-        rows, columns = (y * together.shape[0]).astype(int), (x * together.shape[1]).astype(int)
-        return together[np.ix_(rows, columns)]
     inside = np.zeros((height, width), bool)
-    for x1, y1, x2, y2 in regions.boxes:
-        inside |= np.outer((y1 <= y) & (y < y2), (x1 <= x) & (x < x2))
+    for (x1, y1, x2, y2), mask in zip(regions.boxes, regions.masks or [None] * len(regions), strict=True):
+        if mask is None:
+            inside |= np.outer((y1 <= y) & (y < y2), (x1 <= x) & (x < x2))
+        else:
+            pixels = rle.decode(mask).astype(bool)
+            inside |= pixels[np.ix_((y * pixels.shape[0]).astype(int), (x * pixels.shape[1]).astype(int))]
     return inside
 
 

@@ -40,8 +40,7 @@ def answer_prior(rows: Sequence[Mapping], train_rows: Sequence[Mapping] | None =
     for key, column in _PRIORS.items():
         guesses = _commonest(rows if train_rows is None else train_rows, column)
         if not guesses:
-            scores |= _undefined((key,), f"no {where} answers")
-            continue
+            return _undefined((*_PRIORS, "closed", "open"), f"no {where} answers")
         name = f"commonest {where} answer" + (f" ({guesses[None]})" if column is None else "")
         found = _scores(name, rows, [guesses.get(_kind(row, column), guesses[None]) for row in rows])
         scores[key] = found["overall"]

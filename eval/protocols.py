@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from eval.entailment import Entails
 from eval.findings import finding_scores
 from eval.grounding import grounding_scores, scores_by_source
 from eval.region_files import RegionFiles
@@ -29,6 +30,7 @@ class Given:
     said: sample_id → text. rows: the references, each with sample_id and references. lines: sample_id → the whole
     row of the prediction (a report's sentences and regions). training: rows of the training set, None if not given.
     model_python: interpreter of the environment that holds the packages of metrics with weights (default: this one).
+    entails: what decides in radfact (default: by rule).
     """
 
     said: Mapping[str, str]
@@ -36,6 +38,7 @@ class Given:
     lines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     training: Sequence[Mapping[str, Any]] | None = None
     model_python: str | None = None
+    entails: Entails | None = None
 
     @property
     def patients(self) -> dict[str, str]:
@@ -106,7 +109,7 @@ def _sentences(row: Mapping[str, Any]) -> Any:
 def _radfact(given: Given) -> Results:
     from eval.grounded_reports import radfact_scores
 
-    return radfact_scores(*_grounded(given), patients=given.patients)
+    return radfact_scores(*_grounded(given), given.entails, given.patients)
 
 
 def _grounded_findings(given: Given) -> Results:
@@ -141,6 +144,14 @@ def _regions(regions: RegionFiles) -> Results:
     )
 
 
+def _heatmaps(regions: RegionFiles) -> Results:
+    from eval.heatmap_results import heatmap_results
+
+    assert regions.heatmaps is not None
+    tables = {"sources": regions.sources, "modalities": regions.modalities}
+    return heatmap_results(regions.heatmaps, regions.references, regions.patients, **tables)
+
+
 PROTOCOLS: dict[str, dict[str, Callable[..., Results]]] = {
     "vqa": {"strict": partial(_vqa, vqa_accuracy), **{name: partial(_vqa, f) for name, f in VQA_PROTOCOLS.items()}},
     "report": {
@@ -155,13 +166,13 @@ PROTOCOLS: dict[str, dict[str, Callable[..., Results]]] = {
         "citations": _citations,
         **{name: partial(_model, name) for name in MODELS},
     },
-    "grounding": {"coco": _coco, "regions": _regions},
+    "grounding": {"coco": _coco, "regions": _regions, "heatmaps": _heatmaps},
 }
 
 # What is scored where no protocol is named: of reports not what needs regions or weights, nor a second cleaning of the
-# same words.
+# same words. Heat maps are scored where they are given.
 DEFAULTS: dict[str, tuple[str, ...]] = {
     "vqa": tuple(PROTOCOLS["vqa"]),
     "report": ("full", "findings", "chexpert", "entities"),
-    "grounding": tuple(PROTOCOLS["grounding"]),
+    "grounding": ("coco", "regions"),
 }

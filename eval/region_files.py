@@ -1,13 +1,15 @@
-"""Reads regions that are scored: regions.jsonl, or COCO results against COCO ground truth."""
+"""Reads regions that are scored: regions.jsonl, or COCO results against COCO ground truth; and heat maps."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from faster_coco_eval.core import mask as rle
 
+from eval.heatmap_files import Heatmaps, read_heatmaps
 from eval.lines import Bad, keyed, read_json, refuse
 from eval.types import ScoreError
 from grounding.types import RegionSet
@@ -21,7 +23,8 @@ class RegionFiles:
 
     sources, modalities: what dataset an image is of and what kind of image, where that is told; labelled: the labels
     annotated exhaustively in an image; spacing: mm a pixel (row, column); clipped: images with a box that reached out
-    of them by over a pixel and was cut.
+    of them by over a pixel and was cut; unknown: category ids of predictions that the ground truth does not list.
+    heatmaps: where there is a file of them.
     """
 
     predictions: dict[str, RegionSet]
@@ -32,21 +35,27 @@ class RegionFiles:
     labelled: dict[str, list[str]] = field(default_factory=dict)
     spacing: dict[str, tuple[float, float]] = field(default_factory=dict)
     clipped: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
     coco: tuple[dict, list[dict]] | None = None
+    heatmaps: Heatmaps | None = None
 
 
-def read_region_files(predictions: str | Path, references: str | Path) -> RegionFiles:
-    """Both as regions.jsonl, or both as COCO json (a list of results, a ground-truth object). Raises ScoreError."""
-    kinds = [Path(path).suffix.lower() for path in (predictions, references)]
-    if kinds == [".json", ".json"]:
-        return _read_coco(Path(predictions), Path(references))
+def read_region_files(
+    predictions: str | Path | None, references: str | Path, heatmaps: str | Path | None = None
+) -> RegionFiles:
+    """Both as regions.jsonl, or both as COCO json (a list of results, a ground-truth object); predictions are none
+    where a model gives heat maps alone. Raises ScoreError."""
+    maps = None if heatmaps is None else read_heatmaps(heatmaps)
+    kinds = {Path(path).suffix.lower() for path in (predictions, references) if path is not None}
+    if kinds == {".json"}:
+        return replace(_read_coco(None if predictions is None else Path(predictions), Path(references)), heatmaps=maps)
     if ".json" in kinds:
         raise ScoreError(
             f"{predictions} and {references} differ in kind; give two .jsonl region files or two COCO .json"
         )
-    said, _ = _read_regions(predictions)
+    said = {} if predictions is None else _read_regions(predictions)[0]
     truth, rows = _read_regions(references)
-    return RegionFiles(said, truth, **_told(rows))
+    return RegionFiles(said, truth, **_told(rows), heatmaps=maps)
 
 
 def _told(rows: Mapping[str, Mapping]) -> dict[str, Any]:
@@ -72,13 +81,16 @@ def _read_regions(path: str | Path) -> tuple[dict[str, RegionSet], dict[str, dic
             regions[key] = RegionSet.from_dict(row)
         except _BROKEN as error:
             bad.append((number, str(error), "boxes are xyxy in [0, 1]"))
+        else:
+            wrong = (wrong_mask(mask) for mask in regions[key].masks or () if mask is not None)
+            bad += [(number, f"a mask cannot be read: {why}", "a mask is COCO RLE") for why in wrong if why][:1]
         rows[key] = row
     refuse(path, bad)
     return regions, rows
 
 
-def _read_coco(predictions: Path, references: Path) -> RegionFiles:
-    truth, results = read_json(references), read_json(predictions)
+def _read_coco(predictions: Path | None, references: Path) -> RegionFiles:
+    truth, results = read_json(references), read_json(predictions) if predictions else []
     if not isinstance(truth, dict) or not all(
         isinstance(truth.get(k), list) for k in ("images", "annotations", "categories")
     ):
@@ -90,12 +102,13 @@ def _read_coco(predictions: Path, references: Path) -> RegionFiles:
     images = _images(references, truth["images"])
     categories = _categories(references, truth["categories"])
     _check_rows(references, truth["annotations"], images, categories, ("bbox",))
-    _check_rows(predictions, results, images, None, ("bbox", "score"))
+    _check_rows(predictions or references, results, images, None, ("bbox", "score"))
     known = [row for row in results if row["category_id"] in categories]
     return RegionFiles(
-        predictions=_coco_regions(predictions, known, images, categories),
+        predictions=_coco_regions(predictions, known, images, categories) if predictions else {},
         references=_coco_regions(references, truth["annotations"], images, categories),
         clipped=sorted({str(row["image_id"]) for row in (*truth["annotations"], *known) if _is_out(row, images)}),
+        unknown=sorted({f"category {row['category_id']}" for row in results if row["category_id"] not in categories}),
         **_told({str(key): image for key, image in images.items()}),
         coco=(truth, results),
     )
@@ -144,7 +157,7 @@ def _wrong_row(row: Any, images: Mapping, categories: Mapping | None, keys: tupl
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)) or min(box[2:]) < 0:
         return f"has bbox {box}; it is x, y, width, height in pixels"
     image = images[row["image_id"]]
-    wrong = _wrong_mask(row.get("segmentation"), (image["height"], image["width"]))
+    wrong = _wrong_segmentation(row.get("segmentation"), (image["height"], image["width"]))
     if wrong:
         return f"has a segmentation that cannot be read: {wrong}"
     if "score" in keys and not _is_number(row["score"]):
@@ -157,8 +170,8 @@ def _is_out(row: Mapping, images: Mapping) -> bool:
     return min(x, y) < -1 or x + width > image["width"] + 1 or y + height > image["height"] + 1
 
 
-def _wrong_mask(mask: Any, size: tuple[int, int]) -> str:
-    """What is wrong with a COCO segmentation; "" where nothing is. The C code that reads it would not say."""
+def _wrong_segmentation(mask: Any, size: tuple[int, int]) -> str:
+    """What is wrong with a COCO segmentation; "" where nothing is."""
     if not mask:
         return ""
     if isinstance(mask, list):
@@ -170,7 +183,39 @@ def _wrong_mask(mask: Any, size: tuple[int, int]) -> str:
     if isinstance(counts, list):
         proper = all(isinstance(run, int) and run >= 0 for run in counts) and sum(counts) == size[0] * size[1]
         return "" if proper else "its run lengths do not add up to the image"
-    return "" if isinstance(counts, str | bytes) and counts else '"counts" of a mask is a text or a list of run lengths'
+    return wrong_mask(mask)
+
+
+def wrong_mask(mask: Mapping[str, Any]) -> str:
+    """What is wrong with a mask in compressed run lengths (COCO RLE); "" where nothing is. The library that decodes it
+    says neither which nor, of pycocotools, always that."""
+    size, counts = mask.get("size"), mask.get("counts")
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(s, int) and s > 0 for s in size):
+        return '"size" of a mask is its height and width in pixels'
+    if not isinstance(counts, str | bytes) or not counts:
+        return '"counts" of a mask is a text or a list of run lengths'
+    runs = _runs(counts.encode() if isinstance(counts, str) else counts)
+    if runs is None:
+        return '"counts" of a mask is no text of run lengths'
+    return "" if (runs >= 0).all() and runs.sum() == size[0] * size[1] else "its run lengths do not add up to the image"
+
+
+def _runs(counts: bytes) -> np.ndarray | None:
+    """Run lengths of a COCO RLE; None where the text is none. A number is written in digits of 5 bits, the lowest
+    first: 48 + digit, 32 more where another follows, 16 set in the last of a negative one; from the fourth number on,
+    it is the difference to the one before the last (maskApi.c of https://github.com/cocodataset/cocoapi)."""
+    codes = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    if codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        return None
+    last = np.flatnonzero((codes & 32) == 0)
+    first = np.concatenate([[0], last[:-1] + 1])
+    digits = last - first + 1
+    if digits.max() > 7:  # 35 bits: more pixels than any image has
+        return None
+    place = np.arange(len(codes)) - np.repeat(first, digits)
+    runs = np.add.reduceat((codes & 31) << 5 * place, first) - np.where(codes[last] & 16, 1 << 5 * digits, 0)
+    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
+    return runs
 
 
 def _is_number(value: Any) -> bool:

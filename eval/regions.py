@@ -228,7 +228,7 @@ def _pairs(
             order = sorted(order, key=lambda k: -said.scores[k])
             stated = [k for k in order if said.scores[k] >= min_score]
         found = said.boxes[order] if said is not None else np.zeros((0, 4))
-        row = {"image_id": image_id, "class": name, "size": _size(reference)}
+        row = {"image_id": image_id, "class": name, "size": region_size(reference)}
         top = said.select(stated[:1]) if stated else None
         rows.append(row | _boxes(found, len(stated), reference) | _masks(image_id, top, reference, spacing))
     return rows
@@ -252,21 +252,21 @@ def _masks(
 ) -> dict[str, float | None]:
     """The scores of one pair that rest on masks, where both sides have them; pointing takes boxes, too."""
     check_masks(image_id, top, reference)
-    masked = top is not None and top.masks is not None and reference.masks is not None
-    missed = top is None and reference.masks is not None
+    true = reference.full_masks
+    said = None if top is None else top.full_masks
     return {
         "pointing": float(top is not None and points_into(top, reference)),
-        "dice": best_dice(top.masks[0], reference.masks) if masked else 0.0 if missed else None,
-        "HD95 px": best_hausdorff95(top.masks[0], reference.masks) if masked else None,
-        "HD95 mm": best_hausdorff95(top.masks[0], reference.masks, spacing) if masked and spacing else None,
+        "dice": best_dice(said[0], true) if said and true else 0.0 if top is None and true else None,
+        "HD95 px": best_hausdorff95(said[0], true) if said and true else None,
+        "HD95 mm": best_hausdorff95(said[0], true, spacing) if said and true and spacing else None,
     }
 
 
-def _size(reference: RegionSet) -> str:
+def region_size(reference: RegionSet) -> str:
     height, width = reference.image_size
     area = union_area(reference.boxes) * height * width
-    if reference.masks is not None:
-        area = float(rle.area(rle.merge(list(reference.masks))))
+    if reference.full_masks is not None:
+        area = float(rle.area(rle.merge(reference.full_masks)))
     return SIZES[(area >= 32**2) + (area >= 96**2)]
 
 

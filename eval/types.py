@@ -43,6 +43,17 @@ class Score:
         return f"{self.value:.3f}{interval}"
 
 
+LOWER_IS_BETTER = (  # in the metric's name
+    *("hd95", "hausdorff", "radcliq", "hallucinated", "misplaced", "missing", "missed", "duplicate", "background"),
+    *("other side", "other finding", "sibling", "wrong place", "wrong label"),
+)
+
+
+def lower_is_better(name: str) -> bool:
+    """Is a metric a distance, or a share of errors?"""
+    return any(word in name.lower() for word in LOWER_IS_BETTER)
+
+
 def plain(results: Any, per_sample: bool = True) -> Any:
     """A nested result (dicts and lists of Scores) as JSON-ready data."""
     if isinstance(results, Score):

@@ -88,7 +88,7 @@ def judge(
     if not text:
         return False, "empty"
     said = _LEAD_IN.sub("", text, count=1) if _LEAD_IN.match(text) else text
-    names = _Names(synonyms or {}, _modality(modality) if modality else None)
+    names = _Names(synonyms or {}, modality_name(modality) if modality else None)
     choices = _choices(options, names)
     verdicts = [_judge_one(said or text, _plain(text_of(reference)), names, choices) for reference in references]
     if any(right for right, _ in verdicts):
@@ -159,7 +159,7 @@ class _Names:
 
 
 @lru_cache(maxsize=256)
-def _modality(text: str) -> str:
+def modality_name(text: str) -> str:
     """ "X-Ray" as the label tree says it: "xray"."""
     return re.sub(r"\W|_", "", text.lower())
 

@@ -25,12 +25,11 @@ class Found:
 
 def images_of(store: Store, name: str) -> Images:
     """The columns that an audit needs. Raises StoreError where the store was built without fingerprints."""
-    thumbnails = store.column("thumbnail")
-    if None in thumbnails:
+    if store.table.column("thumbnail").null_count:
         raise StoreError(f"{name}: built without fingerprints; build it again")
     columns = {key: store.column(column) for key, column in COLUMNS.items()}
-    pictures = np.frombuffer(b"".join(thumbnails), np.uint8).reshape(-1, T, T)
-    return Images(name=name, **columns, thumbnails=pictures)
+    thumbnails = [block.thumbnails for block in store.blocks] or [np.zeros((0, T, T), np.uint8)]
+    return Images(name=name, **columns, thumbnails=np.concatenate(thumbnails))
 
 
 COLUMNS = {"ids": "image_id", "patients": "patient_id", "studies": "study_id", "frames": "frame", "pixels": "pixels"}

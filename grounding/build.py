@@ -13,6 +13,7 @@ import urllib.parse
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -114,7 +115,7 @@ def build(config: BuildConfig) -> Report:
     folder = config.out.with_name(f".{config.out.name}.building")
     settings = {"sources": [asdict(s) | {"path": str(s.path.resolve())} for s in sources], "embed": config.embed}
     _start(folder, settings)
-    report = _join(_make_parts(sources, folder, config), sources, config.out)
+    report = _join(_make_parts(sources, folder, config), sources, folder / "joined", config.out)
     shutil.rmtree(folder)
     return report
 
@@ -180,6 +181,9 @@ def _in_processes(jobs: Iterator[Job], workers: int) -> Iterator[Done]:
                 return
             finished, running = wait(running, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in finished)
+    except BrokenProcessPool:
+        why = "a worker process died: out of memory, or a crash on a file"
+        raise StoreError(f"{why}; build again with workers=1, which goes on with what is missing") from None
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -231,9 +235,8 @@ def _marked(sample: GroundingSample, embed: bool) -> tuple[GroundingSample, byte
     return sample, mark.pixels, mark.thumbnail.tobytes()
 
 
-def _join(parts: list[tuple[str, Path]], sources: Sequence[Source], out: Path) -> Report:
-    """The store of all parts in the place of `out`, with its card and skipped.jsonl."""
-    partial = out.with_name(f".{out.name}.part-{os.getpid()}")
+def _join(parts: list[tuple[str, Path]], sources: Sequence[Source], partial: Path, out: Path) -> Report:
+    """The store of all parts, with its card and skipped.jsonl, made in `partial` and put in the place of `out`."""
     shutil.rmtree(partial, ignore_errors=True)
     try:
         writer = StoreWriter(partial)

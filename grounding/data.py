@@ -1,8 +1,9 @@
-"""Samples of a region store to training batches: which phrase names which region, and which absences are known.
+"""Samples of region stores to training batches: which phrase names which region, and which absences are known.
 
 Dimension key: B images, N regions (padded), V phrases, S input size.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +12,42 @@ import numpy as np
 import torch
 from PIL import Image
 from pycocotools import mask as rle
+from torch.utils.data import Dataset
 
+from grounding.augment import augment
+from grounding.decode import FINDINGS, PLACES
 from grounding.images import Letterbox, read_image, to_pixel_values
 from grounding.labels import LabelTree
 from grounding.losses import Targets
+from grounding.mixture import Mixture
 from grounding.model import MODALITIES
-from grounding.store import Store
+from grounding.store import Block, Store, StoreError
 from grounding.types import GroundingSample
 
 MASK_STRIDE = 4
 VISIBLE = ("brightness", "margin", "shape", "texture")  # attributes that become phrases; others say how, when or who
+
+
+class Stores:
+    """Several region stores, one after another."""
+
+    def __init__(self, stores: Sequence[Store]):
+        self.stores = list(stores)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.stores))
+
+    def __getitem__(self, index: int) -> GroundingSample:
+        for store in self.stores:
+            if index < len(store):
+                return store[index]
+            index -= len(store)
+        raise IndexError(f"image {index} beyond the last")
+
+    def labels_with_attributes(self) -> tuple[set[str], set[tuple[str, str, str]]]:
+        """`Store.labels_with_attributes` of all."""
+        labels, attributes = zip(*(store.labels_with_attributes() for store in self.stores), strict=True)
+        return set().union(*labels), set().union(*attributes)
 
 
 @dataclass(frozen=True)
@@ -33,7 +60,7 @@ class PhraseTarget:
     attribute: tuple[str, str] | None = None
 
 
-def phrase_targets(store: Store, tree: LabelTree) -> list[PhraseTarget]:
+def phrase_targets(store: Store | Stores, tree: LabelTree) -> list[PhraseTarget]:
     """Every label of the store's regions with its broader ones, free phrases, and how its findings look."""
     used, attributes = store.labels_with_attributes()
     labels = {x for label in used for x in (label, *broader(label, tree))}
@@ -85,8 +112,9 @@ def sibling_groups(targets: Sequence[PhraseTarget], tree: LabelTree) -> list[lis
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _names(label: str, values: dict, target: PhraseTarget, tree: LabelTree) -> bool:
-    fits = target.label == label or target.label in broader(label, tree)
+def _names(label: str, values: dict, target: PhraseTarget, tree: LabelTree, hierarchy: bool) -> bool:
+    wider = broader(label, tree) if hierarchy or target.attribute else []
+    fits = target.label == label or target.label in wider
     return fits and (target.attribute is None or values.get(target.attribute[0]) == target.attribute[1])
 
 
@@ -103,11 +131,28 @@ def resized_mask(mask: dict, letterbox: Letterbox, size: int) -> np.ndarray:
 class Collator:
     """A list of GroundingSamples → (pixel_values (B, 3, S, S), phrase texts, Targets).
 
-    Each phrase is said in one of its ways, drawn anew for every batch, so that synonyms are learned.
+    Each phrase is said in one of its ways, drawn anew for every batch, so that synonyms are learned. S is
+    ``image_size``, or one of ``scales`` drawn by seed and step, the same on every rank. ``augmented``: see
+    `grounding.augment`. Without ``hierarchy`` a lesion of the left insula is no lesion; without ``partial_negatives``
+    every phrase that names nothing is taken to be absent, whether its source labels it or not.
     """
 
-    def __init__(self, targets: Sequence[PhraseTarget], tree: LabelTree, image_size: int, seed: int):
+    def __init__(
+        self,
+        targets: Sequence[PhraseTarget],
+        tree: LabelTree,
+        image_size: int,
+        seed: int,
+        *,
+        scales: Sequence[int] = (),
+        augmented: bool = False,
+        hierarchy: bool = True,
+        partial_negatives: bool = True,
+    ):
         self.targets, self.tree, self.image_size = targets, tree, image_size
+        self.scales, self.augmented = tuple(scales), augmented
+        self.hierarchy, self.partial_negatives = hierarchy, partial_negatives
+        self.labels = {target.label for target in targets}
         self.narrower = narrower_pairs(targets, tree)
         self.siblings = sibling_groups(targets, tree)
         self.seed = seed
@@ -116,18 +161,23 @@ class Collator:
     def _positive(self, label: str, values: dict[str, str]) -> list[bool]:
         key = (label, *sorted(values.items()))
         if key not in self._rows:
-            self._rows[key] = [_names(label, values, target, self.tree) for target in self.targets]
+            self._rows[key] = [_names(label, values, target, self.tree, self.hierarchy) for target in self.targets]
         return self._rows[key]
+
+    def size(self, step: int) -> int:
+        """S of a step."""
+        return random.Random(f"{self.seed}/{step}/size").choice(self.scales) if self.scales else self.image_size
 
     def __call__(self, samples: Sequence[GroundingSample], step: int):
         random_ = random.Random(f"{self.seed}/{step}")
         texts = [t.names[0] if random_.random() < 0.6 else random_.choice(t.names) for t in self.targets]
-        pixels, rows = zip(*(self._image(sample) for sample in samples), strict=True)
+        pixels, rows, labelled = zip(*(self._image(sample, step) for sample in samples), strict=True)
         n = max(1, *(len(row["boxes"]) for row in rows))
         padded = {key: torch.stack([_pad(row[key], n) for row in rows]) for key in rows[0]}
         generator = torch.Generator().manual_seed(random_.getrandbits(40))
-        labelled = [set(sample.labelled) for sample in samples]  # only there is an absence a negative
-        known = torch.tensor([[target.label in labels for target in self.targets] for labels in labelled])
+        # Only where its source labels a phrase is its absence a negative.
+        sure = [[target.label in labels for target in self.targets] for labels in labelled]
+        known = torch.tensor(sure) if self.partial_negatives else torch.ones(len(samples), len(self.targets)).bool()
         modality = torch.tensor([MODALITIES.index(sample.modality) for sample in samples])
         targets = Targets(
             **padded,
@@ -139,20 +189,25 @@ class Collator:
         )
         return torch.stack(pixels), texts, targets
 
-    def _image(self, sample: GroundingSample):
-        pixels, letterbox = to_pixel_values(read_image(sample.image).pixels, self.image_size)
-        regions, size = sample.regions, self.image_size // MASK_STRIDE
+    def _image(self, sample: GroundingSample, step: int):
+        picture = read_image(sample.image).pixels
+        if self.augmented:
+            drawn = random.Random(f"{self.seed}/{step}/{sample.image_id}")
+            sample, picture = augment(sample, picture, drawn, self.tree, self.labels)
+        pixels, letterbox = to_pixel_values(picture, self.size(step))
+        regions, size = sample.regions, letterbox.size // MASK_STRIDE
         values = regions.attributes or [{}] * len(regions)
         positive = [self._positive(label, v) for label, v in zip(regions.labels, values, strict=True)]
         masks = [resized_mask(mask, letterbox, size) for mask in regions.masks or []]
         n = len(regions)
-        return pixels, {
+        row = {
             "boxes": letterbox.apply(torch.from_numpy(regions.boxes)),
             "valid": torch.ones(n, dtype=torch.bool),
             "positive": torch.tensor(positive, dtype=torch.bool).reshape(n, len(self.targets)),
             "masks": torch.from_numpy(np.stack(masks)) if masks else torch.zeros(n, size, size),
             "has_mask": torch.full((n,), bool(masks)),
         }
+        return pixels, row, set(sample.labelled)
 
 
 def _pad(rows: torch.Tensor, n: int) -> torch.Tensor:
@@ -163,3 +218,79 @@ def _jitter(boxes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Corners moved by up to 12 % of the side, so that the region encoder meets boxes like a detector's."""
     sides = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2)
     return (boxes + (torch.rand(boxes.shape, generator=generator) - 0.5) * 0.24 * sides).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Batches(Dataset):
+    """Step → (image ids, pixel_values, phrase texts, Targets) of this process. ``rows``: the images of ``store`` that
+    are trained on, in the order in which ``mixture`` counts them."""
+
+    store: Store | Stores
+    rows: Sequence[int]
+    collate: Collator
+    mixture: Mixture
+    batch_size: int
+    world: int
+    rank: int
+
+    def __getitem__(self, step: int):
+        indices = self.mixture.indices(step, self.batch_size, self.world, self.rank)
+        samples = [self.store[self.rows[k]] for k in indices]
+        return [sample.image_id for sample in samples], *self.collate(samples, step)
+
+
+def check_mapped(store: Store, tree: LabelTree) -> None:
+    """Raises StoreError where the label tree knows no label of a source: its codes or names were never mapped."""
+    for source, labels in labels_by_source(store).items():
+        if labels and not labels & tree.nodes.keys():
+            some = ", ".join(map(repr, sorted(labels)[:5]))
+            raise StoreError(
+                f"{store.folder}: source {source}: the label tree knows none of its {len(labels)} labels ({some}); "
+                "give them the tree's names when the store is built, add them to configs/labels.yaml, or train with "
+                "free_phrases=true if they are phrases that a person would say"
+            )
+
+
+def labels_by_source(store: Store) -> dict[str, set[str]]:
+    """Source → the labels of its regions."""
+    found: dict[str, set[int]] = {}
+    for block in store.blocks:
+        names, codes = np.unique(np.array(block.batch.column("source").to_pylist()), return_inverse=True)
+        labels, rows = _labels_and_rows(block)
+        for k, name in enumerate(names.tolist()):
+            found.setdefault(name, set()).update(np.unique(labels[codes[rows] == k]).tolist())
+    return {name: {store.labels[k] for k in numbers} for name, numbers in found.items()}
+
+
+def _labels_and_rows(block: Block) -> tuple[np.ndarray, np.ndarray]:
+    """(M,) label number and (M,) row of each region of a block."""
+    offsets = block.offsets
+    return block.labels[offsets[0] : offsets[-1]], np.repeat(np.arange(len(block)), np.diff(offsets))
+
+
+def most_boxes(stores: Sequence[Store], labels: Sequence[str], tree: LabelTree) -> dict[str, int]:
+    """How many boxes a phrase may have, for the ``labels`` that occur more often in an image than is usual.
+
+    1.5 times the 99th percentile over the images that show the label, since an image to come may hold more. Of a place
+    only where that percentile itself is unusual: there are two lungs, however many images were seen.
+    """
+    found = {}
+    for label in labels:
+        counts = np.concatenate([_counts(store, label, tree) for store in stores])
+        many = float(np.percentile(counts, 99)) if len(counts) else 0.0
+        finding = label not in tree.nodes or tree.is_finding(label)
+        usual = FINDINGS if finding else 1 if tree.laterality(label) else PLACES
+        if math.ceil(1.5 * many) > usual and (finding or many > usual):
+            found[label] = math.ceil(1.5 * many)
+    return found
+
+
+def _counts(store: Store, label: str, tree: LabelTree) -> np.ndarray:
+    """Regions that ``label`` names, in each image that has one."""
+    named = [k for k, other in enumerate(store.labels) if label == other or label in broader(other, tree)]
+    counts = [np.zeros(0, int)]
+    for block in store.blocks:
+        labels, rows = _labels_and_rows(block)
+        counts.append(np.bincount(rows[np.isin(labels, named)]))
+    of_all = np.concatenate(counts)
+    return of_all[of_all > 0]

@@ -85,6 +85,7 @@ class EfficientNetLiteModel(PreTrainedModel):
     config_class = EfficientNetLiteConfig
     base_model_prefix = "tower"
     main_input_name = "pixel_values"
+    _no_split_modules = ["MBConv"]
 
     def __init__(self, config: EfficientNetLiteConfig):
         super().__init__(config)
@@ -129,6 +130,21 @@ class EfficientNetLiteModel(PreTrainedModel):
         last = self.head(self.feature_maps(pixel_values)[-1])
         tokens = F.adaptive_avg_pool2d(last, self.config.grid).flatten(2).transpose(1, 2)
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
+
+
+@torch.no_grad()
+def he_init(model: EfficientNetLiteModel) -> None:
+    """Random weights that keep the size of a signal (He et al., ICCV 2015) in a network without batch norm. Residual
+    branches end scaled by 1 / sqrt(their number), else each would double the variance. Without this a random trunk has
+    no signal at its end."""
+    branches = max(1, sum(block.residual for block in model.blocks))
+    for layer in model.modules():
+        if isinstance(layer, ConvLayer):
+            nn.init.kaiming_normal_(layer.conv.weight, nonlinearity="relu" if layer.relu else "linear")
+            nn.init.zeros_(layer.conv.bias)
+    for block in model.blocks:
+        if block.residual:
+            block.project.conv.weight.mul_(branches**-0.5)
 
 
 AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig)

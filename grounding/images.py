@@ -267,7 +267,8 @@ def _picture_pixels(image: Image.Image) -> np.ndarray:
         rgba = image.convert("RGBA")
         image = Image.new("RGB", rgba.size)
         image.paste(rgba, mask=rgba.getchannel("A"))
-    return grey_if_equal(np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")))
+    mode = "L" if image.mode in ("1", "L") else "RGB"
+    return grey_if_equal(np.asarray(image if image.mode == mode else image.convert(mode)))  # convert always copies
 
 
 # NIfTI

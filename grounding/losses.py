@@ -3,13 +3,15 @@
 Dimension key: B images, N regions (padded), V phrases, L pyramid locations, h w prototype-map size.
 """
 
+import dataclasses
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from grounding.boxes import area, generalised_iou, pairwise_iou
-from grounding.model import STRIDES, MedGLIPOutput, location_grid
+from grounding.model import STRIDES, MedGLIPOutput, RegionOutput, location_grid
 
 MASKS_AN_IMAGE = 24  # mask losses look at so many positive locations, to bound memory
 WEIGHTS = {
@@ -147,8 +149,26 @@ def _mask_loss(out: MedGLIPOutput, targets: Targets, image: torch.Tensor, locati
     return (cross_entropy.sum((1, 2)) / inside.sum((1, 2)).clamp(min=1) + dice).mean()
 
 
-def losses(out: MedGLIPOutput, targets: Targets, image_size: int) -> dict[str, torch.Tensor]:
-    """Every part by name; the training loss is their sum weighted by ``WEIGHTS``."""
+def losses(out: MedGLIPOutput, targets: Targets, image_size: int, hierarchy: bool = True) -> dict[str, torch.Tensor]:
+    """Every part by name, in float32 whatever the model computes in; the training loss is their sum weighted by
+    ``WEIGHTS``. No part "mask" from a model without mask head, none "tree" without ``hierarchy``. A part that the batch
+    says nothing about (no region, no phrase) is 0."""
+    with torch.autocast(out.logits.device.type, enabled=False):
+        return _losses(_in_float32(out), targets, image_size, hierarchy)
+
+
+def _in_float32(out: Any) -> Any:
+    """``out`` with its tensors in float32, its `RegionOutput` too."""
+    changed = {}
+    for one in fields(out):
+        value = getattr(out, one.name)
+        changed[one.name] = value.float() if isinstance(value, torch.Tensor) else value
+        if isinstance(value, RegionOutput):
+            changed[one.name] = _in_float32(value)
+    return dataclasses.replace(out, **changed)
+
+
+def _losses(out: MedGLIPOutput, targets: Targets, image_size: int, hierarchy: bool) -> dict[str, torch.Tensor]:
     owner = torch.stack([assign(b, v, image_size) for b, v in zip(targets.boxes, targets.valid, strict=True)])
     image, location = (owner >= 0).nonzero(as_tuple=True)
     region = owner[image, location]
@@ -160,21 +180,31 @@ def losses(out: MedGLIPOutput, targets: Targets, image_size: int) -> dict[str, t
     giou = generalised_iou(boxes, truth)
     present = (targets.positive & targets.valid[..., None]).any(1)
     region_known = (targets.known[:, None] | targets.positive) & targets.valid[..., None]
-    return {
+    parts = {
         "align": (focal(out.logits, aligned) * known).sum() / count,
         "box": (1 - giou).sum() / count,
         "quality": F.binary_cross_entropy_with_logits(
             out.quality[image, location], giou.detach().clamp(0, 1), reduction="sum"
         )
         / count,
-        "mask": _mask_loss(out, targets, image, location, region),
-        "edges": (1 - generalised_iou(out.regions.boxes, targets.boxes))[targets.valid].mean(),
+    }
+    if out.prototypes is not None:
+        parts["mask"] = _mask_loss(out, targets, image, location, region)
+    parts |= {
+        "edges": _mean((1 - generalised_iou(out.regions.boxes, targets.boxes))[targets.valid]),
         "region": _balanced(out.regions.logits, targets.positive.float(), region_known),
         "contrast": _contrast(out.regions.logits, targets),
         "presence": _balanced(out.presence, present.float(), targets.known | present),
         "modality": F.cross_entropy(out.modality, targets.modality),
-        "tree": _tie(out.logits, targets.narrower) * 10 + _tie(out.presence, targets.narrower),
     }
+    if hierarchy:
+        parts["tree"] = _tie(out.logits, targets.narrower) * 10 + _tie(out.presence, targets.narrower)
+    return parts
+
+
+def _mean(values: torch.Tensor) -> torch.Tensor:
+    """The mean; of nothing, 0."""
+    return values.mean() if len(values) else values.sum()
 
 
 def total(parts: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -30,14 +30,28 @@ def _schedule(cycle: int, shares: tuple[int, ...], seed: int) -> np.ndarray:
 
 class Mixture:
     """``sources``: the source of each image. ``temperature`` 1 keeps the proportions of the data, a high one draws all
-    sources alike."""
+    sources alike. ``old``: the sources of the images after these, which are replayed: together they get ``old_share``
+    of the slots (experience replay; Rolnick et al., NeurIPS 2019)."""
 
-    def __init__(self, sources: Sequence[str], temperature: float, seed: int):
-        names, codes = np.unique(np.asarray(sources, dtype=object).astype(str), return_inverse=True)
-        self.seed, self.names = seed, names.tolist()
-        self.members = [np.flatnonzero(codes == k).tolist() for k in range(len(names))]
-        sizes = np.array([len(rows) for rows in self.members], float)
-        self.shares = _whole(sizes ** (1 / temperature))
+    def __init__(
+        self,
+        sources: Sequence[str],
+        temperature: float,
+        seed: int,
+        old: Sequence[str] = (),
+        old_share: float = 0.0,
+    ):
+        self.seed, self.names = seed, []
+        self.members: list[list[int]] = []
+        weights = []
+        for part, start, share in ((sources, 0, 1 - old_share if old else 1.0), (old, len(sources), old_share)):
+            names, codes = np.unique(np.asarray(part, dtype=object).astype(str), return_inverse=True)
+            members = [np.flatnonzero(codes == k) + start for k in range(len(names))]
+            sizes = np.array([len(rows) for rows in members], float) ** (1 / temperature)
+            weights.append(sizes if not old else sizes / sizes.sum() * share)
+            self.names += names.tolist()
+            self.members += [rows.tolist() for rows in members]
+        self.shares = _whole(np.concatenate(weights))
 
     def indices(self, step: int, batch_size: int, world: int, rank: int) -> list[int]:
         """The images of one process at a step."""

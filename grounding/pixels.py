@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MAX_PIXELS = 64_000_000  # of one picture or frame; far above any clinical image, far below what fills the memory
+MAX_PIXELS = 128_000_000  # of one picture or frame; far above any clinical image, far below what fills the memory
 SAMPLE = 16_000_000  # percentiles of more values than this are taken from every second, third, ... of them
 PERCENTILES = (0.5, 99.5)
 RADIOPAEDIA = "https://radiopaedia.org/articles/windowing-ct"
 ORTHANC = "https://orthanc.uclouvain.be/hg/orthanc-stone/diff/0598c87e1e88/Applications/StoneWebViewer/WebApplication/configuration.json"
-# Name -> (center, width, where it is from). Where the page gives a range, its middle; of two stroke windows the wider.
+# Name -> (center, width, where it is from). Where the page gives a range (subdural, neck), its middle; of two windows
+# for stroke the wider, for the temporal bone the first.
 WINDOWS = {
     "brain": (40, 80, RADIOPAEDIA),
     "subdural": (75, 215, RADIOPAEDIA),

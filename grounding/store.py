@@ -16,13 +16,14 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from secrets import token_hex
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from configs import write_atomic
-from eval.fingerprint import fingerprint
+from eval.fingerprint import T, fingerprint
 from grounding.images import read_image
 from grounding.types import GroundingSample, RegionSet
 
@@ -109,12 +110,12 @@ class StoreWriter:
         row["boxes"] = regions.boxes
         row["labels"] = [self.labels[label] for label in regions.labels]
         row["texts"] = [self.texts[text] for text in regions.texts or ()] if regions.texts is not None else None
-        row["masks"] = [mask["counts"] for mask in regions.masks] if regions.masks is not None else None
+        row["masks"] = None if regions.masks is None else [None if m is None else m["counts"] for m in regions.masks]
         if regions.attributes is not None:
             row["attributes"] = [json.dumps(values) for values in regions.attributes]
         row["pixels"], row["thumbnail"] = pixels, thumbnail
         self._rows.append(row)
-        self._bytes += len(embedded or b"") + sum(map(len, row["masks"] or ()))
+        self._bytes += len(embedded or b"") + sum(len(counts or "") for counts in row["masks"] or ())
         self.images, self.regions = self.images + 1, self.regions + n
         if len(self._rows) >= BLOCK_ROWS or self._bytes >= BLOCK_BYTES:
             self._flush()
@@ -187,7 +188,8 @@ def _describe_to_datasets(folder: Path, files: list[str]) -> None:
 
     features = datasets.Features.from_arrow_schema(SCHEMA)
     datasets.DatasetInfo(features=features).write_to_directory(str(folder))
-    state = {"_data_files": [{"filename": name} for name in files], "_fingerprint": folder.name, "_split": None}
+    # `datasets` caches what it makes of a store under this name: two stores must not share it.
+    state = {"_data_files": [{"filename": name} for name in files], "_fingerprint": token_hex(8), "_split": None}
     state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
     write_atomic(folder / "state.json", json.dumps(state))
 
@@ -211,7 +213,8 @@ def write_store(samples: Iterable[GroundingSample], out: Path, card: str) -> Non
 
 def replace_folder(part: Path, out: Path) -> None:
     """`part` becomes `out`. What was there is moved aside first: no moment leaves half of either."""
-    older = out.with_name(f".{out.name}.old-{os.getpid()}")
+    older = out.with_name(f".{out.name}.old")
+    shutil.rmtree(older, ignore_errors=True)  # of a process that was killed before its end
     if out.exists():
         out.rename(older)
     part.rename(out)
@@ -246,6 +249,14 @@ class Block:
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
         return self.batch.column("height").to_numpy(), self.batch.column("width").to_numpy()
 
+    @property
+    def thumbnails(self) -> np.ndarray:
+        """(rows, T, T) uint8 of `eval.fingerprint`, a view of the file, where every row has one."""
+        column = self.batch.column("thumbnail")
+        _, offsets, data = column.buffers()
+        first = np.frombuffer(offsets, np.int32)[column.offset]
+        return np.frombuffer(data, np.uint8, len(column) * T * T, first).reshape(-1, T, T)
+
     def text(self, name: str, row: int) -> str:
         offsets, data = self._strings[name]
         return str(data[offsets[row] : offsets[row + 1]], "utf-8")
@@ -256,6 +267,10 @@ class Block:
         return {name: (memoryview(b[1]).cast("i"), memoryview(b[2] or b"")) for name, b in columns.items()}
 
 
+def _coded(size: tuple[int, int], counts: str | None) -> dict | None:
+    return None if counts is None else {"size": list(size), "counts": counts}
+
+
 def to_sample(row: dict) -> GroundingSample:
     """A row of the shards, with words in the place of integers."""
     size = (row["height"], row["width"])
@@ -264,7 +279,7 @@ def to_sample(row: dict) -> GroundingSample:
         boxes=np.array(row["boxes"], np.float32).reshape(-1, 4),
         labels=row["labels"],
         image_size=size,
-        masks=None if masks is None else [{"size": list(size), "counts": counts} for counts in masks],
+        masks=None if masks is None else [_coded(size, counts) for counts in masks],
         attributes=None if attributes is None else [json.loads(values) for values in attributes],
         texts=row["texts"],
     )

@@ -31,17 +31,18 @@ class RegionSet:
     """The regions of one image, column by column.
 
     boxes: (N, 4) float32 xyxy in [0, 1]. labels: N label-tree ids or free phrases. scores: (N,) float32 in [0, 1],
-    None for annotations. masks: N COCO RLE ``{"size": [H, W], "counts": str}`` or None. image_size: (H, W).
-    queries: what was looked for, ``[{"phrase", "label", "presence"}]``, so that "not found" is data.
+    None for annotations. masks: N COCO RLE ``{"size": [H, W], "counts": str}``, None for a region that has only a box;
+    None for the whole where no region has one. image_size: (H, W). queries: what was looked for,
+    ``[{"phrase", "label", "presence"}]``, so that "not found" is data.
     attributes: N dicts such as ``{"margin": "sharp"}``, or None. texts: N names as the source wrote them, or None.
-    Raises RegionError where lengths differ, a box is not finite, inverted or outside the image.
+    Raises RegionError where lengths differ, a box is not finite, inverted or outside the image, or a mask is no RLE.
     """
 
     boxes: np.ndarray
     labels: list[str]
     image_size: tuple[int, int]
     scores: np.ndarray | None = None
-    masks: list[dict] | None = None
+    masks: list[dict | None] | None = None
     queries: list[dict] = field(default_factory=list)
     attributes: list[dict[str, str]] | None = None
     texts: list[str] | None = None
@@ -55,6 +56,7 @@ class RegionSet:
             column = getattr(self, name)
             if column is not None and len(column) != len(boxes):
                 raise RegionError(f"{len(boxes)} boxes but {len(column)} {name}")
+        self._check_masks()
         if not np.isfinite(boxes).all():
             raise RegionError(f"box {int(np.argmin(np.isfinite(boxes).all(1)))} is not finite")
         wrong = (boxes.min(1, initial=0) < 0) | (boxes.max(1, initial=0) > 1) | (boxes[:, 2:] < boxes[:, :2]).any(1)
@@ -62,8 +64,21 @@ class RegionSet:
             k = int(np.argmax(wrong))
             raise RegionError(f"box {k} {boxes[k].tolist()} is inverted or outside [0, 1]")
 
+    def _check_masks(self) -> None:
+        for k, mask in enumerate(self.masks or ()):
+            if mask is not None and not (isinstance(mask, Mapping) and "size" in mask and "counts" in mask):
+                raise RegionError(f"mask {k} is {str(mask)[:60]}, not a COCO RLE with size and counts")
+        if self.masks and all(mask is None for mask in self.masks):
+            object.__setattr__(self, "masks", None)
+
     def __len__(self) -> int:
         return len(self.boxes)
+
+    @property
+    def full_masks(self) -> list[dict] | None:
+        """`masks`, where every region has one; None where one has only a box."""
+        masks = [mask for mask in self.masks or () if mask is not None]
+        return None if self.masks is None or len(masks) < len(self) else masks
 
     def select(self, indices: Sequence[int]) -> RegionSet:
         """The regions at ``indices``, in that order."""
@@ -92,7 +107,7 @@ class RegionSet:
         for k, region in enumerate(regions):
             if self.scores is not None:
                 region["score"] = round(float(self.scores[k]), 6)
-            if self.masks is not None:
+            if self.masks is not None and self.masks[k] is not None:
                 region["mask"] = self.masks[k]
             if self.attributes is not None:
                 region["attributes"] = self.attributes[k]
@@ -120,7 +135,7 @@ class RegionSet:
             labels=labels,
             image_size=(int(height), int(width)),
             scores=None if scores is None else np.array(scores, dtype=np.float32),
-            masks=column("mask"),
+            masks=[region.get("mask") for region in regions] or None,
             queries=list(row.get("queries", [])),
             attributes=column("attributes"),
             texts=column("text"),
@@ -138,7 +153,7 @@ class RegionSet:
             }
             if self.scores is not None:
                 row["score"] = float(self.scores[k])
-            if self.masks is not None:
+            if self.masks is not None and self.masks[k] is not None:
                 row["segmentation"] = self.masks[k]
             rows.append(row)
         return rows
@@ -150,25 +165,28 @@ class RegionSet:
         xywh = np.array([row["bbox"] for row in rows], dtype=np.float32).reshape(-1, 4)
         boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1) / np.array([width, height] * 2, np.float32)
         scores = [row["score"] for row in rows if "score" in row]
-        masks = [row["segmentation"] for row in rows if isinstance(row.get("segmentation"), dict)]
+        shapes = [row.get("segmentation") for row in rows]
         return cls(
             boxes=boxes.clip(0, 1),
             labels=[categories[row["category_id"]] for row in rows],
             image_size=image_size,
             scores=np.array(scores, np.float32) if rows and len(scores) == len(rows) else None,
-            masks=masks if rows and len(masks) == len(rows) else None,
+            masks=[shape if isinstance(shape, dict) else None for shape in shapes] or None,
         )
 
     def to_detections(self):
-        """``supervision.Detections`` (boxes in pixels); needs the optional package supervision."""
+        """``supervision.Detections`` (boxes in pixels; the mask of a region without one is empty, where others have
+        one); needs the optional package supervision."""
         import supervision
         from pycocotools import mask as rle
 
         height, width = self.image_size
+        nothing = np.zeros(self.image_size, bool)
+        masks = [nothing if m is None else rle.decode(m).astype(bool) for m in self.masks or ()]
         return supervision.Detections(
             xyxy=self.boxes * np.array([width, height] * 2, np.float32),
             confidence=self.scores,
-            mask=np.stack([rle.decode(m).astype(bool) for m in self.masks]) if self.masks else None,
+            mask=np.stack(masks) if masks else None,
             data={"class_name": np.array(self.labels, dtype=object)},
         )
 

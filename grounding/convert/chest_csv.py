@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grounding.convert.coco import frame_scale
-from grounding.convert.record import AnnotationError, Item, Regions, Skipped, below, finish, load
+from grounding.convert.record import AnnotationError, Item, Regions, Skipped, below, finish, frame_scale, load
 from grounding.convert.tables import (
     NOT_ON_DISK,
     Row,

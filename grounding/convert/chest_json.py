@@ -10,8 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from grounding.convert.coco import add_polygon_rings, frame_scale
-from grounding.convert.record import AnnotationError, Item, Regions, Skipped, below, finish, load
+from grounding.convert.record import (
+    AnnotationError,
+    Item,
+    Regions,
+    Skipped,
+    add_polygon_rings,
+    below,
+    finish,
+    frame_scale,
+    load,
+)
 from grounding.convert.tables import (
     NOT_ON_DISK,
     complete,

@@ -6,15 +6,28 @@ The format: https://cocodataset.org/#format-data; its run lengths: maskApi.h of 
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from grounding.convert.record import AnnotationError, Item, Regions, Skipped, below, find_labels, finish, load
+from grounding.convert.record import (
+    AnnotationError,
+    Item,
+    Regions,
+    Skipped,
+    add_polygon_rings,
+    below,
+    find_labels,
+    finish,
+    frame_scale,
+    left_out,
+    load,
+    named,
+    unused_name,
+)
 from grounding.images import MAX_PIXELS
 from grounding.types import GroundingSample
 
@@ -62,55 +75,6 @@ def cxr_lungboxes(root: Path, source: str, licence: str) -> Iterator[Item]:
         }
 
     yield from _convert(root, source, "xray", describe, "annotations/annotations.json", "images")
-
-
-def frame_scale(stated: tuple[float, float] | None, actual: tuple[int, int]) -> tuple[float, float]:
-    """Factors (x, y) from the frame that an annotation states to the image on disk, both (H, W).
-
-    A resized copy keeps its shape, and the boxes are scaled with it. Where the shape differs, nobody can tell a crop
-    from a resize or a rotation: raises ValueError.
-    """
-    if stated is None or min(stated) <= 0:
-        return 1.0, 1.0
-    (height, width), (rows, columns) = stated, actual
-    if abs(height * columns - width * rows) > max(height, width, rows, columns):  # a pixel of rounding
-        raise ValueError(f"annotated at {width:g} x {height:g}, but the image on disk is {columns} x {rows}")
-    return columns / width, rows / height
-
-
-@contextmanager
-def named(regions: Regions, where: str) -> Iterator[None]:
-    """Everything that is left out inside says `where` it stood; a ValueError leaves the row out."""
-    start = len(regions.left_out)
-    try:
-        yield
-    except ValueError as error:
-        regions.left_out.append(str(error))
-    regions.left_out[start:] = [f"{where}: {why}" for why in regions.left_out[start:]]
-
-
-def unused_name(relative: str, taken: set[str]) -> str:
-    """The path without its suffix; with it, where that name is in `taken`. The name is added to `taken`."""
-    name = str(PurePosixPath(relative).with_suffix(""))
-    name = relative if name in taken else name
-    taken.add(name)
-    return name
-
-
-def left_out(key: str, reasons: Iterable[str]) -> list[Skipped]:
-    """For an Item that holds nothing but what was left out."""
-    return [Skipped(key, why) for why in reasons]
-
-
-def add_polygon_rings(regions: Regions, rings: list[list[float]], text: str, attributes: dict[str, str]) -> None:
-    """`Regions.add_polygons` of rings in pixels. Raises ValueError where one reaches an image's size or more outside:
-    drawing it would take memory without bound."""
-    height, width = regions.image_size
-    for ring in rings:
-        x, y = np.array(ring[0::2]), np.array(ring[1::2])
-        if (x < -width).any() or (x > 2 * width).any() or (y < -height).any() or (y > 2 * height).any():
-            raise ValueError(f"{text}: the polygon reaches far outside the {width} x {height} image")
-    regions.add_polygons(rings, text, attributes)
 
 
 # Walking

@@ -32,9 +32,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from grounding.convert.coco import left_out
 from grounding.convert.folders import Layout, convert_folder
-from grounding.convert.record import Item
+from grounding.convert.record import Item, left_out
 
 # First frames of CVC-ClinicDB's sequences. Frames 278-317 and 384-428 hold two sequences each, which no page at hand
 # parts: taken as one, they cannot leak into each other.

@@ -17,8 +17,18 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from grounding.convert.coco import left_out, unused_name
-from grounding.convert.record import AnnotationError, Item, Regions, Skipped, below, find_labels, finish, load
+from grounding.convert.record import (
+    AnnotationError,
+    Item,
+    Regions,
+    Skipped,
+    below,
+    find_labels,
+    finish,
+    left_out,
+    load,
+    unused_name,
+)
 from grounding.images import read_image
 from grounding.types import GroundingSample
 

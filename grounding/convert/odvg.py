@@ -12,8 +12,18 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from grounding.convert.coco import frame_scale, named, unused_name
-from grounding.convert.record import AnnotationError, Item, Regions, Skipped, below, finish, load
+from grounding.convert.record import (
+    AnnotationError,
+    Item,
+    Regions,
+    Skipped,
+    below,
+    finish,
+    frame_scale,
+    load,
+    named,
+    unused_name,
+)
 from grounding.convert.tables import NOT_ON_DISK, complete, inside, number, numbers, read_json, skip
 from grounding.images import MODALITIES
 from grounding.types import GroundingSample

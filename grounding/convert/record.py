@@ -4,10 +4,11 @@ A converter is a generator of `Item`s: it walks the source's files and annotatio
 part (decoding, masks) to `Item.read`, which the build calls in worker processes.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from pycocotools import mask as rle
@@ -103,17 +104,18 @@ class Regions:
         mask = rle.merge(rle.frPyObjects(rings, height, width))
         points = np.concatenate([np.reshape(ring, (-1, 2)) for ring in rings])
         box = [*points.min(0), *points.max(0)]
-        self.add_box(box, text, attributes, {"size": list(mask["size"]), "counts": mask["counts"].decode()})
+        coded = {"size": list(mask["size"]), "counts": mask["counts"].decode()}
+        self.add_box(box, text, attributes, coded if rle.area(mask) else None)  # too thin to hold a pixel: a box alone
 
     def done(self) -> RegionSet:
-        """All of them. Masks are kept where every region has one."""
+        """All of them. A region that came as a box alone has no mask."""
         tree = load_label_tree()
         boxes, texts, masks, attributes = zip(*self._rows, strict=True) if self._rows else ((), (), (), ())
         return RegionSet(
             boxes=np.array(boxes, np.float32).reshape(-1, 4),
             labels=[find_label(self.names.get(text, text), tree, self.modality) for text in texts],
             image_size=self.image_size,
-            masks=list(masks) if masks and None not in masks else None,
+            masks=list(masks) or None,
             attributes=list(attributes) if any(attributes) else None,
             texts=list(texts),
         )
@@ -141,6 +143,55 @@ def finish(sample: GroundingSample, regions: Regions, key: str) -> Iterable[Grou
     yield sample
     for why in regions.left_out:
         yield Skipped(key, why)
+
+
+def frame_scale(stated: tuple[float, float] | None, actual: tuple[int, int]) -> tuple[float, float]:
+    """Factors (x, y) from the frame that an annotation states to the image on disk, both (H, W).
+
+    A resized copy keeps its shape, and the boxes are scaled with it. Where the shape differs, nobody can tell a crop
+    from a resize or a rotation: raises ValueError.
+    """
+    if stated is None or min(stated) <= 0:
+        return 1.0, 1.0
+    (height, width), (rows, columns) = stated, actual
+    if abs(height * columns - width * rows) > max(height, width, rows, columns):  # a pixel of rounding
+        raise ValueError(f"annotated at {width:g} x {height:g}, but the image on disk is {columns} x {rows}")
+    return columns / width, rows / height
+
+
+@contextmanager
+def named(regions: Regions, where: str) -> Iterator[None]:
+    """Everything that is left out inside says `where` it stood; a ValueError leaves the row out."""
+    start = len(regions.left_out)
+    try:
+        yield
+    except ValueError as error:
+        regions.left_out.append(str(error))
+    regions.left_out[start:] = [f"{where}: {why}" for why in regions.left_out[start:]]
+
+
+def unused_name(relative: str, taken: set[str]) -> str:
+    """The path without its suffix; with it, where that name is in `taken`. The name is added to `taken`."""
+    name = str(PurePosixPath(relative).with_suffix(""))
+    name = relative if name in taken else name
+    taken.add(name)
+    return name
+
+
+def left_out(key: str, reasons: Iterable[str]) -> list[Skipped]:
+    """For an Item that holds nothing but what was left out."""
+    return [Skipped(key, why) for why in reasons]
+
+
+def add_polygon_rings(regions: Regions, rings: list[list[float]], text: str, attributes: dict[str, str]) -> None:
+    """`Regions.add_polygons` of rings in pixels. Raises ValueError where one reaches an image's size or more outside:
+    drawing it would take memory without bound."""
+    height, width = regions.image_size
+    for ring in rings:
+        x, y = np.array(ring[0::2]), np.array(ring[1::2])
+        if (x < -width).any() or (x > 2 * width).any() or (y < -height).any() or (y > 2 * height).any():
+            raise ValueError(f"{text}: the polygon reaches far outside the {width} x {height} image")
+    regions.add_polygons(rings, text, attributes)
 
 
 def below(root: Path, *patterns: str) -> list[Path]:

@@ -12,8 +12,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from grounding.convert.coco import frame_scale, left_out, named, unused_name
-from grounding.convert.record import AnnotationError, Item, Regions, Skipped, below, find_labels, finish, load
+from grounding.convert.record import (
+    AnnotationError,
+    Item,
+    Regions,
+    Skipped,
+    below,
+    find_labels,
+    finish,
+    frame_scale,
+    left_out,
+    load,
+    named,
+    unused_name,
+)
 from grounding.types import GroundingSample
 
 MAX_BYTES = 10_000_000  # of one xml: ten times the fullest image of cells

@@ -12,8 +12,20 @@ from typing import Any
 
 import yaml
 
-from grounding.convert.coco import add_polygon_rings, left_out, named, unused_name
-from grounding.convert.record import AnnotationError, Item, Regions, Skipped, below, find_labels, finish, load
+from grounding.convert.record import (
+    AnnotationError,
+    Item,
+    Regions,
+    Skipped,
+    add_polygon_rings,
+    below,
+    find_labels,
+    finish,
+    left_out,
+    load,
+    named,
+    unused_name,
+)
 from grounding.types import GroundingSample
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm")

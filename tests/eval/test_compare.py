@@ -183,3 +183,48 @@ def test_bleu_is_compared_as_corpus_bleu_and_full_apart_from_r2gen(folder, capsy
             assert rows[f"{protocol} · BLEU-2"][key] == pytest.approx(scores[protocol]["BLEU-2"]["value"])
     out = capsys.readouterr().out
     assert "report, full, differences to the first" in out and "report, r2gen, differences to the first" in out
+
+
+def changed(folder, name, change):
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+
+
+def test_what_is_odd_in_either_file_is_noted(folder):
+    """What their checks list, once where it is the same; other programs; another training set."""
+    files = [scored(name, [True, False, name == "a"]) for name in "ab"]
+    write("b.jsonl", [{"sample_id": "q0", "prediction": "yes"}, {"sample_id": "q9", "prediction": ""}])
+    arguments = ["--predictions", "b.jsonl", "--references", "r.jsonl", "--protocol", "strict", "--out", "b.json"]
+    write("t.jsonl", [{"image_id": "x"}])
+    assert main(["score", "vqa", *arguments, "--train", "t.jsonl"]) == 0
+    changed(folder, "b.json", lambda c: c["versions"].update(scipy="0.1"))
+    for name in files:
+        changed(folder, name, lambda c: c["checks"].update(repeated=["q1"]))
+    notes = compare(*files)["notes"]
+    assert any(note.startswith("scored with different versions of scipy: ") and "0.1 (b)" in note for note in notes)
+    assert "looked through with different training sets, so that the checks and by_training differ" in notes
+    assert notes[-4:] == ["a, b: 1 repeated: q1", "b: 2 missing: q1, q2", "b: 1 extra: q9", "b: 1 empty: q9"]
+
+
+def test_other_samples_are_named(folder, capsys):
+    files = [scored(name, [True, False, name == "a"]) for name in "ab"]
+    changed(folder, "b.json", lambda c: c["clusters"].update(q7=3))
+    capsys.readouterr()
+    assert "different sample ids: only b.json has q7" in refused(capsys, *files)
+    changed(folder, "b.json", lambda c: c["clusters"].pop("q7"))
+    changed(folder, "b.json", lambda c: c["clusters"].update(q0=2))
+    assert "have different patients of q0" in refused(capsys, *files)
+
+
+def test_the_best_of_errors_has_fewest(folder):
+    """Shares of hallucinated, misplaced and missing findings, as of distances: less is better."""
+    write("r.jsonl", [{"sample_id": f"r{k}", "report": "A lesion in the left insula."} for k in range(6)])
+    for name, side in (("worse", "right"), ("better", "left")):
+        write(
+            f"{name}.jsonl", [{"sample_id": f"r{k}", "prediction": f"A lesion in the {side} insula."} for k in range(6)]
+        )
+        arguments = ["--predictions", f"{name}.jsonl", "--references", "r.jsonl", "--protocol", "grounded-findings"]
+        assert main(["score", "report", *arguments, "--out", f"{name}.json"]) == 0
+    (row,) = compare("worse.json", "better.json", "--against", "best", metric="misplaced")["comparisons"]
+    assert (row["base"], row["difference"]) == ("better", 1.0)

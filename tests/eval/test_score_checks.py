@@ -36,7 +36,8 @@ def test_each_odd_sample_is_named(score):
         {"sample_id": f"q{k}", "prediction": text} for k, text in ((0, "yes"), (1, " "), (9, "yes"), (5, "y"))
     ]
     written, out = score("vqa", predictions=predictions, references=references)
-    assert written["checks"] == {"missing": ["q2", "q3"], "extra": ["q9"], "empty": ["q1"], "repeated": ["q5"]}
+    found = {name: ids for name, ids in written["checks"].items() if ids}
+    assert found == {"missing": ["q2", "q3"], "extra": ["q9"], "empty": ["q1"], "repeated": ["q5"]}
     assert "2 missing (samples without a prediction" in out and "1 repeated" in out
 
 
@@ -96,3 +97,31 @@ def test_markdown_holds_every_table(score, tmp_path):
     for table in text.split("\n\n"):
         rows = [line.replace("\\|", "") for line in table.splitlines() if line.startswith("|")]
         assert len({row.count("|") for row in rows}) <= 1
+
+
+def test_kinds_of_image_that_are_not_known_are_listed(score):
+    kinds = ("CT", "X-Ray", "MRI", "MR", "Rontgen")
+    references = [question(k, modality=kind) for k, kind in enumerate(kinds)]
+    predictions = [{"sample_id": f"q{k}", "prediction": "yes"} for k in range(len(kinds))]
+    written, out = score("vqa", predictions=predictions, references=references)
+    assert written["checks"]["unknown modalities"] == ["MR", "Rontgen"]
+    assert "2 unknown modalities (kinds of image that the label tree does not know" in " ".join(out.split())
+
+
+def regions(*labels):
+    return {"image_size": [9, 9], "regions": [{"box": [0, 0, 1, 1], "label": label, "score": 0.5} for label in labels]}
+
+
+def test_labels_that_are_not_known_are_listed(score):
+    """A finding counts by its kind, and what is annotated though not there is known."""
+    truth = [{"image_id": "a", "labelled": ["abdomen/spleen"], **regions("brain/lesion", "abdomen/liver", "my organ")}]
+    said = regions("brain/frontal_lobe/lesion", "abdomen/spleen", "my orgen", "abdomen/liver", "kidny")
+    written, _ = score("grounding", predictions=[{"image_id": "a", **said}], references=truth)
+    assert written["checks"]["unknown labels"] == ["kidny", "my orgen"]
+
+
+def test_a_training_set_without_answers_leaves_the_baselines_undefined(score):
+    files = {"predictions": [{"sample_id": "q1", "prediction": "yes"}], "references": [question(1)]}
+    written, out = score("vqa", **files, train=[{"image_id": "i1"}])
+    assert written["checks"]["training: same image"] == ["q1"]
+    assert written["baselines"]["answer prior"]["closed"]["reason"] == "no training answers"

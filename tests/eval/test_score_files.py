@@ -46,7 +46,7 @@ def test_vqa(files):
     overall = written["protocols"]["strict"]["overall"]
     assert (overall["value"], overall["n"], len(overall["per_sample"])) == (1.0, 2, 2)
     assert results["protocols"]["strict"]["overall"].value == 1.0
-    assert written["checks"] == {"missing": [], "extra": [], "empty": [], "repeated": []}
+    assert written["checks"] == dict.fromkeys(("missing", "extra", "empty", "repeated", "unknown modalities"), [])
     assert len(written["files"]["predictions"]["sha256"]) == 64
     assert written["versions"]["numpy"]
 
@@ -62,7 +62,8 @@ def test_order_of_lines_changes_nothing(files):
 def test_missing_is_wrong_and_listed_extra_is_listed(files):
     answers = [ANSWERS[0], {"sample_id": "q9", "prediction": ""}]
     results = score_files("vqa", files("p.jsonl", answers), files("r.jsonl", QUESTIONS))
-    assert results["checks"] == {"missing": ["q2"], "extra": ["q9"], "empty": ["q9"], "repeated": []}
+    found = {name: ids for name, ids in results["checks"].items() if ids}
+    assert found == {"missing": ["q2"], "extra": ["q9"], "empty": ["q9"]}
     assert results["protocols"]["strict"]["overall"].value == 0.5
 
 
@@ -105,7 +106,8 @@ def test_regions_jsonl(files, tmp_path):
     write_regions(tmp_path / "p.jsonl", {"a": RegionSet(region.boxes, region.labels, (10, 10), [0.5])})
     results = score_files("grounding", "p.jsonl", "r.jsonl", ["coco"], "s.json")
     assert results["protocols"]["coco"]["overall"]["AP50"].value == pytest.approx(1.0)
-    assert results["checks"] == {"missing": ["b"], "extra": [], "empty": [], "out of frame": []}
+    nothing = dict.fromkeys(("missing", "extra", "empty", "out of frame", "unknown labels"), [])
+    assert results["checks"] == nothing | {"missing": ["b"]}
     assert read("s.json")["protocols"]["coco"]["overall"]["dice"]["value"] is None
 
 
@@ -231,3 +233,17 @@ def test_wrong_names_and_paths(files, tmp_path):
     (tmp_path / "latin.jsonl").write_bytes("é".encode("latin-1"))
     with pytest.raises(ScoreError, match="not UTF-8"):
         score_files("vqa", "latin.jsonl", references)
+
+
+def test_another_judge_of_entailment(files, monkeypatch, tmp_path):
+    """A function of the user's own decides in radfact; "" and what is not there are refused by name."""
+    (tmp_path / "my_judge.py").write_text("def never(hypothesis, evidence):\n    return False\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    said = [{"sample_id": row["sample_id"], "prediction": row["report"]} for row in REPORTS]
+    paths = files("p.jsonl", said), files("r.jsonl", REPORTS), ["radfact"]
+    assert score_files("report", *paths)["protocols"]["radfact"]["logical"]["precision"].value == 1.0
+    judged = score_files("report", *paths, entails="my_judge:never")
+    assert judged["protocols"]["radfact"]["logical"]["precision"].value == 0.0
+    for name in ("my_judge:always", "no_such_module:f", "", "my_judge"):
+        with pytest.raises(ScoreError, match="write MODULE:FUNCTION"):
+            score_files("report", *paths, entails=name)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from PIL import Image
 
 from downstream.cli import main
 from grounding.build import PART_ITEMS
+from grounding.convert.record import Item
+from grounding.converters import CONVERTERS, FIXTURE, Converter
 from grounding.store import open_store, read_skipped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +114,9 @@ def test_a_build_that_was_killed_is_completed(dataset, store, tmp_path):
     # A part that is kept is not read again: it may hold what the files no longer do.
     about = json.loads(part.read_text())
     part.write_text(json.dumps(about | {"labels": ["kept", *about["labels"][1:]]}))
+    joined = part.parents[1] / "joined"  # of a build that was killed later, while it joined the parts
+    joined.mkdir()
+    (joined / "data-00000.arrow").write_bytes(b"half of it")
     assert main(command(dataset, tmp_path / "s", "workers=1")) == 0
     again, whole = rows(tmp_path / "s"), rows(store)
     assert [row["id"] for row in again] == [row["id"] for row in whole] and again[PART_ITEMS:] == whole[PART_ITEMS:]
@@ -149,6 +155,17 @@ def test_wrong_use_is_one_line(source, message, code, dataset, tmp_path, capsys)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("medglip data: ") and message in error
     assert not (tmp_path / "s").exists()
+
+
+def test_a_worker_that_dies_is_one_line(dataset, tmp_path, capsys, monkeypatch):
+    def read(root, source, licence):
+        yield Item("a.png", partial(os._exit, 3))
+
+    monkeypatch.setitem(CONVERTERS, "deadly", Converter(read, FIXTURE))
+    arguments = ["data", "build", "--source", f"deadly:{dataset}", "--out", str(tmp_path / "s"), "workers=2"]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("medglip data: a worker process died") and "workers=1" in error
 
 
 def test_too_much_that_is_bad_stops_the_build(dataset, tmp_path, capsys):

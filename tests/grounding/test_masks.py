@@ -6,7 +6,7 @@ import torch
 from pycocotools import mask as rle
 from torch.nn import functional as F
 
-from grounding.detect import _centres_inside, _sampled, encode_inside
+from grounding.masks import _centres_inside, _sampled, encode_inside
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -183,7 +183,7 @@ def nifti_claiming(shape, offset=352, datatype=16, bits=32, affine=FLIPPED):
     ("header", "message"),
     [
         (nifti_claiming((32767, 32767, 32767)), r"more than 600,000,000 voxels"),
-        (nifti_claiming((32767, 9000, 1)), r"32767 x 9000 is more than 64,000,000 pixels"),
+        (nifti_claiming((32767, 9000, 1)), r"32767 x 9000 is more than 128,000,000 pixels"),
         (nifti_claiming((500, 500, 500)), r"cannot be decoded"),  # no voxel follows
         (nifti_claiming((4, 4, 4), offset=1e11), r"voxels start at byte 99999997952"),
         (nifti_claiming((4, 4, 4), datatype=128, bits=24), r"not one grey volume"),

@@ -20,7 +20,7 @@ def png(shade: int) -> bytes:
 
 
 def sample(k: int, rng: np.random.Generator) -> GroundingSample:
-    """Some with masks, some without; some without a region."""
+    """Some with masks, some without, some for every other region; some without a region."""
     n = int(rng.integers(0, 4))
     low = rng.random((n, 2)) / 2
     boxes = np.concatenate([low, low + 0.1 + rng.random((n, 2)) / 3], 1).astype(np.float32)
@@ -28,7 +28,7 @@ def sample(k: int, rng: np.random.Generator) -> GroundingSample:
         boxes=boxes,
         labels=[str(rng.choice(["brain/lesion", "a free phrase", "chest"])) for _ in range(n)],
         image_size=(6, 8),
-        masks=[{"size": [6, 8], "counts": "11"} for _ in range(n)] if n and k % 2 else None,
+        masks=[{"size": [6, 8], "counts": "11"} if k % 4 == 1 or j % 2 else None for j in range(n)] if k % 2 else None,
         attributes=[{"margin": "sharp"}] * n if n and k % 3 else None,
         texts=[f"text {rng.integers(5)}" for _ in range(n)] if n and k % 5 else None,
     )

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,6 +59,19 @@ def test_region_set_survives_coco():
     assert (again.labels, again.masks) == (regions.labels, regions.masks)
 
 
+def test_a_region_may_have_a_box_alone():
+    whole = some_regions()
+    regions = replace(whole, masks=[None, whole.masks[1]])
+    assert regions.full_masks is None and whole.full_masks == whole.masks
+    again = RegionSet.from_dict(json.loads(json.dumps(regions.to_dict())))
+    rows = regions.to_coco(7, {"brain/lesion": 1, "brain": 2})
+    back = RegionSet.from_coco(rows, {1: "brain/lesion", 2: "brain"}, regions.image_size)
+    assert again.masks == back.masks == regions.masks and "segmentation" not in rows[0]
+    assert regions.select([1]).full_masks == [whole.masks[1]] and regions.select([0]).masks is None
+    assert regions.select([1, 0]).masks == [whole.masks[1], None]
+    assert replace(whole, masks=[None, None]).masks is None
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -66,6 +80,8 @@ def test_region_set_survives_coco():
         ({"boxes": [[0.1, float("nan"), 0.5, 0.9], [0, 0, 1, 1]]}, "not finite"),
         ({"labels": ["brain"]}, "2 boxes but 1 labels"),
         ({"scores": [0.1, 0.2, 0.3]}, "2 boxes but 3 scores"),
+        ({"masks": [None]}, "2 boxes but 1 masks"),
+        ({"masks": [None, "aaa"]}, "mask 1 is aaa, not a COCO RLE"),
     ],
 )
 def test_region_set_refuses_what_breaks_the_contract(change, says):

@@ -3,51 +3,27 @@ structures, written here in the layout of the page that each reader cites."""
 
 import csv
 import itertools
-import pickle
-import random
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
-from PIL import Image
-from pycocotools import mask as rle
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from grounding.convert.chest_csv import covid_structures, fuse, nih_boxes, rsna_pneumonia, vindr_cxr
-from grounding.convert.record import AnnotationError, Skipped
-from grounding.labels import load_label_tree
-
-DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
-
-
-def convert(items):
-    """image_id → sample, and what was skipped, as the build would see it: a reader may raise ValueError or OSError."""
-    samples, skipped = {}, []
-    for item in items:
-        try:
-            outcomes = list(pickle.loads(pickle.dumps(item.read))())
-        except (ValueError, OSError) as error:
-            outcomes = [Skipped(item.key, str(error))]
-        for outcome in outcomes:
-            if isinstance(outcome, Skipped):
-                skipped.append(outcome)
-            else:
-                assert outcome.image_id not in samples
-                samples[outcome.image_id] = outcome
-    return samples, skipped
-
-
-def label(phrase):
-    return load_label_tree().find(phrase) or phrase
-
-
-def picture(path, width=1024, height=1024):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (width, height), 60).save(path)
-    return path
+from grounding.convert.record import AnnotationError
+from tests.grounding.convert.builders import (
+    boxes_in_pixels,
+    collect_by_id,
+    decoded,
+    label,
+    picture,
+    read_mutants,
+    real,
+    save,
+)
 
 
 def write_dicom(path, width, height):
@@ -63,19 +39,6 @@ def write_dicom(path, width, height):
     pydicom.dcmwrite(path, dataset, enforce_file_format=False)
 
 
-def real(*parts):
-    path = DATA.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"shared/data/{'/'.join(parts)} is not here")
-    return path
-
-
-def pixels(sample):
-    """(N, 4) boxes in pixels."""
-    height, width = sample.regions.image_size
-    return sample.regions.boxes * [width, height, width, height]
-
-
 # NIH
 
 
@@ -85,7 +48,7 @@ def test_nih_head_of_the_real_table(tmp_path):
     rows = [line.split(",") for line in table.read_text().splitlines()[1:]]
     for k, row in enumerate(rows[:-1]):
         picture(tmp_path / f"images_00{k % 2}" / "images" / row[0], 224 if k == 1 else 1024, 224 if k == 1 else 1024)
-    samples, skipped = convert(nih_boxes(tmp_path, "nih", "CC0"))
+    samples, skipped = collect_by_id(nih_boxes(tmp_path, "nih", "CC0"))
     assert [(record.key, record.why) for record in skipped] == [(Path(rows[-1][0]).stem, "image is not on disk")]
     assert len(samples) == len(rows) - 1
     for name, finding, *values in rows[:-1]:
@@ -108,9 +71,9 @@ def test_nih_rows_that_lie(tmp_path):
     ]
     (tmp_path / "BBox_List_2017.csv").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
     picture(tmp_path / "images" / "00000001_000.png")
-    samples, skipped = convert(nih_boxes(tmp_path, "nih", ""))
+    samples, skipped = collect_by_id(nih_boxes(tmp_path, "nih", ""))
     assert samples["nih/00000001_000"].regions.labels == [label("infiltration")]
-    assert [pixels(samples["nih/00000001_000"]).tolist()] == [[[100, 200, 400, 600]]]
+    assert [boxes_in_pixels(samples["nih/00000001_000"]).tolist()] == [[[100, 200, 400, 600]]]
     assert len(skipped) == 4 and "line 2" in skipped[0].why
 
 
@@ -132,10 +95,10 @@ def test_rsna_boxes_and_empty_images(tmp_path):
         csv.writer(file).writerows([("patientId", "x", "y", "width", "height", "Target"), *rows])
     for name in ("p1", "p2", "p3", "p4"):
         write_dicom(tmp_path / "stage_2_train_images" / f"{name}.dcm", 64, 64)
-    samples, skipped = convert(rsna_pneumonia(tmp_path, "rsna", ""))
+    samples, skipped = collect_by_id(rsna_pneumonia(tmp_path, "rsna", ""))
     assert set(samples) == {"rsna/p1", "rsna/p2", "rsna/p3", "rsna/p4"}
     expected = np.array([[264, 152, 477, 531], [562, 152, 818, 605]]) / 16
-    np.testing.assert_allclose(pixels(samples["rsna/p1"]), expected, atol=1e-3)
+    np.testing.assert_allclose(boxes_in_pixels(samples["rsna/p1"]), expected, atol=1e-3)
     known = (label("pneumonia"),)
     assert [samples[f"rsna/p{k}"].labelled for k in (1, 2, 3, 4)] == [known, known, (), ()]
     assert [len(samples[f"rsna/p{k}"].regions) for k in (1, 2, 3, 4)] == [2, 0, 0, 0]
@@ -155,7 +118,7 @@ def vindr(tmp_path, text, sizes, suffix=".dicom", **options):
             write_dicom(tmp_path / "train" / (name + suffix), width, height)
         else:
             picture(tmp_path / "train" / (name + suffix), width, height)
-    return convert(vindr_cxr(tmp_path, "vindr", "", **options))
+    return collect_by_id(vindr_cxr(tmp_path, "vindr", "", **options))
 
 
 def test_vindr_readers_become_one_region_a_finding(tmp_path):
@@ -183,7 +146,7 @@ def test_vindr_readers_become_one_region_a_finding(tmp_path):
     samples, skipped = vindr(tmp_path, text, dict.fromkeys("abc", (90, 60)))
     assert set(samples) == {"vindr/a", "vindr/b", "vindr/c"}
     a, b, c = (samples[f"vindr/{name}"] for name in "abc")
-    rows = zip(pixels(a).tolist(), a.regions.attributes, strict=True)
+    rows = zip(boxes_in_pixels(a).tolist(), a.regions.attributes, strict=True)
     regions = dict(zip(a.regions.texts, rows, strict=True))
     assert (
         np.allclose(regions["Cardiomegaly"][0], [12, 12, 52, 42]) and regions["Cardiomegaly"][1]["agreement"] == "3/3"
@@ -213,7 +176,7 @@ def test_vindr_resized_images_need_their_old_size(tmp_path):
     lines = text.splitlines()
     text = "\n".join([lines[0] + ",width,height", *(line + ",2048,2048" for line in lines[1:])])
     samples, _ = vindr(tmp_path / "told", text, {"a": (256, 256)}, ".png")
-    np.testing.assert_allclose(pixels(samples["vindr/a"]), [[12.5, 25, 125, 250]])
+    np.testing.assert_allclose(boxes_in_pixels(samples["vindr/a"]), [[12.5, 25, 125, 250]])
 
 
 def test_vindr_consensus_table_is_taken_as_it_is(tmp_path):
@@ -222,7 +185,7 @@ def test_vindr_consensus_table_is_taken_as_it_is(tmp_path):
     (tmp_path / "annotations" / "annotations_test.csv").write_text("\n".join(lines))
     for name in "tu":
         write_dicom(tmp_path / "test" / f"{name}.dicom", 40, 40)
-    samples, skipped = convert(vindr_cxr(tmp_path, "v", ""))
+    samples, skipped = collect_by_id(vindr_cxr(tmp_path, "v", ""))
     assert len(samples["v/t"].regions) == 2 and samples["v/t"].regions.attributes is None and not skipped
     assert samples["v/u"].labelled == samples["v/t"].labelled != ()
 
@@ -259,8 +222,7 @@ def write_structures(root):
             whole[image, name] = np.zeros((height, width), bool)
             whole[image, name][top : top + tall, left : left + wide] = crop
             file = f"masks/{len(rows)}.png"
-            (root / "masks").mkdir(exist_ok=True)
-            Image.fromarray(np.stack([crop * np.uint8(200)] * 3 + [crop * np.uint8(255)], -1)).save(root / file)
+            save(root / file, np.stack([crop * np.uint8(200)] * 3 + [crop * np.uint8(255)], -1))
             row = [len(rows), f"COVID-19 {name}", name, image, f"images/{len(rows)}f.jpg", file]
             rows.append([*row, f"{width}x{height}", top, left, wide, tall])
     return whole, rows
@@ -291,12 +253,12 @@ def test_structures_are_pasted_where_they_belong(tmp_path):
     absent = [91, "", "Airways", "z.png", "", "masks/0.png", "9x9", 0, 0, 9, 9]
     write_structure_table(tmp_path, [*rows, presence, edge, absent, [92, "short"]])
     (tmp_path / "metadata.csv").write_text("patientid,filename,license,\n17,x.day0.jpeg,CC BY-NC-SA\n")
-    samples, skipped = convert(covid_structures(tmp_path, "covid", "CC BY 4.0"))
+    samples, skipped = collect_by_id(covid_structures(tmp_path, "covid", "CC BY 4.0"))
     x, y = samples["covid/x.day0"], samples["covid/y"]
     for sample, image in ((x, "x.day0.jpeg"), (y, "y.png")):
         assert sample.regions.texts == ["Left Lung", "Right Lung", "Nosogastric Tube"]
         for text, mask in zip(sample.regions.texts, sample.regions.masks, strict=True):
-            assert (rle.decode(mask) == whole[image, text]).all()
+            assert (decoded(mask) == whole[image, text]).all()
     assert (x.patient_id, x.licence) == ("covid/17", "CC BY-NC-SA") and (y.patient_id, y.licence) == (
         "covid/y",
         "CC BY 4.0",
@@ -310,13 +272,11 @@ def test_structures_of_a_resized_image_are_not_used(tmp_path):
     _, rows = write_structures(tmp_path)
     write_structure_table(tmp_path, rows)
     picture(tmp_path / "images" / "y.png", 100, 60)
-    samples, skipped = convert(covid_structures(tmp_path, "covid", ""))
+    samples, skipped = collect_by_id(covid_structures(tmp_path, "covid", ""))
     assert set(samples) == {"covid/x.day0"} and "the table says 50x30" in skipped[0].why
 
 
 # Hostile files
-
-JUNK = (b"", b'"', b",", b"null", b"[", b"}", b"NaN", b"-9e999", b"\xff\x00", b"99999999999999999999", b"\n", b"../")
 
 
 def test_mutated_tables_raise_nothing_but_value_errors(tmp_path):
@@ -329,20 +289,7 @@ def test_mutated_tables_raise_nothing_but_value_errors(tmp_path):
         "train.csv": (VINDR + "1,R1,ILD,1,2,30,31\n1,R2,ILD,1,2,30,32\n", vindr_cxr),
         "structure.csv": ((tmp_path / "structure.csv").read_text(), covid_structures),
     }
-    random_, outcomes = random.Random(0), 0
-    for name, (text, source) in files.items():
-        for _ in range(100):
-            data = bytearray(text.encode())
-            for _ in range(random_.randint(1, 4)):
-                place = random_.randrange(len(data))
-                data[place : place + random_.randint(0, 3)] = random_.choice(JUNK)
-            (tmp_path / name).write_bytes(data)
-            try:
-                samples, skipped = convert(source(tmp_path, "x", ""))
-                outcomes += bool(samples) + len(skipped)
-            except (ValueError, OSError):
-                outcomes += 1
-    assert outcomes >= 100 * len(files)
+    assert read_mutants(tmp_path, files) >= 100 * len(files)
 
 
 def test_a_folder_without_a_table_is_named(tmp_path):

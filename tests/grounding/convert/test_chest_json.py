@@ -3,63 +3,19 @@ fixtures written here, in the layout of the page that each reader cites."""
 
 import csv
 import json
-import pickle
-import random
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from pycocotools import mask as rle
 
 from grounding.convert.chest_json import DET10_CLASSES, DET_CLASSES, chestx_det, chestx_det10, ms_cxr, padchest_gr
-from grounding.convert.record import AnnotationError, Skipped
-from grounding.labels import load_label_tree
+from grounding.convert.record import AnnotationError
+from tests.grounding.convert.builders import boxes_in_pixels, collect_by_id, label, picture, read_mutants, real
 
-DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 DICOM = "a-0001"
-
-
-def convert(items):
-    """image_id → sample, and what was skipped, as the build would see it: a reader may raise ValueError or OSError."""
-    samples, skipped = {}, []
-    for item in items:
-        try:
-            outcomes = list(pickle.loads(pickle.dumps(item.read))())
-        except (ValueError, OSError) as error:
-            outcomes = [Skipped(item.key, str(error))]
-        for outcome in outcomes:
-            if isinstance(outcome, Skipped):
-                skipped.append(outcome)
-            else:
-                assert outcome.image_id not in samples
-                samples[outcome.image_id] = outcome
-    return samples, skipped
-
-
-def label(phrase):
-    return load_label_tree().find(phrase) or phrase
-
-
-def picture(path, width=1024, height=1024):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (width, height), 60).save(path)
-    return path
-
-
-def real(*parts):
-    path = DATA.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"shared/data/{'/'.join(parts)} is not here")
-    return path
-
-
-def pixels(sample):
-    """(N, 4) boxes in pixels."""
-    height, width = sample.regions.image_size
-    return sample.regions.boxes * [width, height, width, height]
 
 
 # ChestX-Det10 and ChestX-Det, real lists
@@ -74,7 +30,7 @@ def test_chestx_det10_counts_and_boxes_are_those_of_the_real_lists(tmp_path):
         for name, entry in chosen[split].items():
             side = 256 if len(entry["syms"]) > 1 else 1024  # these were resized
             picture(tmp_path / f"{split}_data" / name, side, side)
-    samples, skipped = convert(chestx_det10(tmp_path, "det10", "no licence"))
+    samples, skipped = collect_by_id(chestx_det10(tmp_path, "det10", "no licence"))
     assert set(samples) == {f"det10/{s}_data/{Path(name).stem}" for s in chosen for name in chosen[s]}
     assert len(skipped) == sum(map(len, lists.values())) - len(samples)
     assert {record.why for record in skipped} == {"image is not on disk"}
@@ -92,7 +48,7 @@ def test_chestx_splits_that_share_a_name_keep_their_images(tmp_path):
         entry = {"file_name": "1.png", "syms": ["Mass"], "boxes": [[0, 0, 512, 512]]}
         (tmp_path / f"{split}.json").write_text(json.dumps([entry]))
         picture(tmp_path / f"{split}_data" / "1.png", side, side)
-    samples, skipped = convert(chestx_det10(tmp_path, "x", ""))
+    samples, skipped = collect_by_id(chestx_det10(tmp_path, "x", ""))
     assert {name: sample.regions.image_size for name, sample in samples.items()} == {
         "x/train_data/1": (64, 64),
         "x/test_data/1": (32, 32),
@@ -108,12 +64,12 @@ def test_chestx_det_polygons_become_masks_of_their_area(tmp_path):
     chosen = [entry for entry in entries if entry["syms"]][:6] + [entry for entry in entries if not entry["syms"]][:2]
     for entry in chosen:
         picture(tmp_path / "elsewhere" / entry["file_name"])
-    samples, skipped = convert(chestx_det(tmp_path, "det", "Apache-2.0", images="elsewhere"))
+    samples, skipped = collect_by_id(chestx_det(tmp_path, "det", "Apache-2.0", images="elsewhere"))
     assert len(samples) == len(chosen) and len(skipped) == len(entries) - len(chosen)
     for entry in chosen:
         sample = samples[f"det/{Path(entry['file_name']).stem}"]
         assert sample.regions.texts == entry["syms"] and len(sample.labelled) == len(DET_CLASSES)
-        for box, mask, ring in zip(pixels(sample), sample.regions.masks or [], entry["polygons"], strict=True):
+        for box, mask, ring in zip(boxes_in_pixels(sample), sample.regions.masks or [], entry["polygons"], strict=True):
             x, y = np.array(ring, float).T
             shoelace = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
             around = np.hypot(np.diff(x, append=x[0]), np.diff(y, append=y[0])).sum()
@@ -137,7 +93,7 @@ def test_chestx_entries_that_lie_are_named_and_lose_no_other(tmp_path):
     for name in "1234":
         picture(tmp_path / "train_data" / f"{name}.png")
     picture(tmp_path / "train_data" / "5.png", 1024, 700)
-    samples, skipped = convert(chestx_det10(tmp_path, "x", ""))
+    samples, skipped = collect_by_id(chestx_det10(tmp_path, "x", ""))
     assert set(samples) == {"x/train_data/1", "x/train_data/3", "x/train_data/4"}
     first = samples["x/train_data/1"]
     assert first.regions.texts == ["Mass"]
@@ -151,7 +107,7 @@ def test_chestx_polygon_that_would_fill_the_memory_is_left_out(tmp_path):
     entry = {"file_name": "1.png", "syms": ["Mass"], "boxes": [[0, 0, 9, 9]], "polygons": [far]}
     (tmp_path / "ChestX_Det_train.json").write_text(json.dumps([entry]))
     picture(tmp_path / "train_data" / "1.png")
-    samples, skipped = convert(chestx_det(tmp_path, "x", ""))
+    samples, skipped = collect_by_id(chestx_det(tmp_path, "x", ""))
     assert len(samples["x/train_data/1"].regions) == 0 and len(skipped) == 1
 
 
@@ -211,15 +167,15 @@ def test_ms_cxr_sentences_name_regions_of_a_category(tmp_path, write):
     mimic = tmp_path / "mimic"
     picture(mimic / "files/p10/p10000001/s50000001/a-0001.jpg", 200, 100)
     picture(mimic / "p11/p11000001/s50000002/b-0002.jpg", 100, 50)  # without files/, half the size
-    samples, skipped = convert(ms_cxr(tmp_path, "ms", "", images=str(mimic)))
+    samples, skipped = collect_by_id(ms_cxr(tmp_path, "ms", "", images=str(mimic)))
     assert [(record.key, record.why) for record in skipped] == [("c-0003", "image is not on disk")]
     first, second = samples["ms/a-0001"], samples["ms/b-0002"]
     assert first.regions.texts == ["Patchy opacity, right base"] * 2
     assert first.regions.labels == [label("pneumonia"), label("consolidation")]
     assert [row["category"] for row in first.regions.attributes] == ["Pneumonia", "Consolidation"]
     assert (first.patient_id, first.study_id) == ("ms/p10000001", "ms/s50000001")
-    np.testing.assert_allclose(pixels(first), [[50, 60, 80, 80], [5, 6, 35, 26]], atol=1e-3)
-    np.testing.assert_allclose(pixels(second), [[0.5, 1, 15.5, 11]], atol=1e-3)
+    np.testing.assert_allclose(boxes_in_pixels(first), [[50, 60, 80, 80], [5, 6, 35, 26]], atol=1e-3)
+    np.testing.assert_allclose(boxes_in_pixels(second), [[0.5, 1, 15.5, 11]], atol=1e-3)
     assert first.labelled == ()
 
 
@@ -231,7 +187,7 @@ def test_ms_cxr_annotations_that_point_nowhere(tmp_path):
     coco["annotations"][0]["bbox"] = [1, 2, "three", 4]
     file.write_text(json.dumps(coco))
     picture(tmp_path / f"{DICOM}.jpg", 200, 100)
-    samples, skipped = convert(ms_cxr(tmp_path, "ms", ""))
+    samples, skipped = collect_by_id(ms_cxr(tmp_path, "ms", ""))
     assert len(samples["ms/a-0001"].regions) == 1
     assert Counter(record.why for record in skipped)["image is not on disk"] == 2 and len(skipped) == 2 + 3 + 1
 
@@ -272,9 +228,9 @@ def test_padchest_sentences_labels_and_what_is_exhaustive(tmp_path):
     (tmp_path / "master_table.csv").write_text("StudyID,ImageID,PatientID\ns1,1_a.png,p77\ns2,2_b.png\n")
     for name in ("1_a.png", "2_b.png", "3_c.png", "5_e.png"):
         picture(tmp_path / "Padchest_GR_files" / name, 200, 100)
-    samples, skipped = convert(padchest_gr(tmp_path, "pc", ""))
+    samples, skipped = collect_by_id(padchest_gr(tmp_path, "pc", ""))
     first, normal, empty = (samples[f"pc/Padchest_GR_files/{name}"] for name in ("1_a", "2_b", "3_c"))
-    assert pixels(first).tolist() == [[100, 50, 150, 100]]  # one reader's box, not both
+    assert boxes_in_pixels(first).tolist() == [[100, 50, 150, 100]]  # one reader's box, not both
     assert first.regions.labels == [label("pleural effusion")] and first.regions.texts == ["Left pleural effusion."]
     assert first.regions.attributes[0]["locations"] == "loc left"
     assert (first.patient_id, first.study_id) == ("pc/p77", "pc/s1")
@@ -285,8 +241,6 @@ def test_padchest_sentences_labels_and_what_is_exhaustive(tmp_path):
 
 
 # Hostile files
-
-JUNK = (b"", b'"', b",", b"null", b"[", b"}", b"NaN", b"-9e999", b"\xff\x00", b"99999999999999999999", b"\n", b"../")
 
 
 def test_mutated_lists_raise_nothing_but_value_errors(tmp_path):
@@ -305,20 +259,7 @@ def test_mutated_lists_raise_nothing_but_value_errors(tmp_path):
         ),
         name: ((tmp_path / name).read_text(), ms_cxr),
     }
-    random_, outcomes = random.Random(0), 0
-    for name, (text, source) in files.items():
-        for _ in range(100):
-            data = bytearray(text.encode())
-            for _ in range(random_.randint(1, 4)):
-                place = random_.randrange(len(data))
-                data[place : place + random_.randint(0, 3)] = random_.choice(JUNK)
-            (tmp_path / name).write_bytes(data)
-            try:
-                samples, skipped = convert(source(tmp_path, "x", ""))
-                outcomes += bool(samples) + len(skipped)
-            except (ValueError, OSError):
-                outcomes += 1
-    assert outcomes >= 100 * len(files)
+    assert read_mutants(tmp_path, files) >= 100 * len(files)
 
 
 @pytest.mark.parametrize("value", [None, 7, "text", {"a": 1}, [[]], 10**400, float("nan")])
@@ -328,7 +269,7 @@ def test_coco_parts_of_another_type(tmp_path, key, value):
     file = tmp_path / "MS_CXR_Local_Alignment_v1.1.0.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     if isinstance(value, list):
-        assert not convert(ms_cxr(tmp_path, "x", ""))[0]
+        assert not collect_by_id(ms_cxr(tmp_path, "x", ""))[0]
     else:
         with pytest.raises(AnnotationError, match="has no lists"):
             list(ms_cxr(tmp_path, "x", ""))

@@ -1,5 +1,4 @@
 import json
-import pickle
 import random
 import re
 from collections import Counter
@@ -11,28 +10,11 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from grounding.convert.coco import coco, cxr_lungboxes
-from grounding.convert.record import AnnotationError, Skipped
+from grounding.convert.record import AnnotationError
 from grounding.labels import load_label_tree
-from grounding.types import GroundingSample
+from tests.grounding.convert.builders import collect, decoded, real
 
-LUNGS = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "cxr-lungboxes"
 CATEGORIES = [{"id": 1, "name": "Nodule"}, {"id": 2, "name": "Mass"}]
-
-
-def collect(items):
-    """(samples, skipped) as the build gathers them: from a worker, where an error skips the item."""
-    samples, skipped, keys = [], [], []
-    for item in items:
-        keys.append(item.key)
-        try:
-            done = list(pickle.loads(pickle.dumps(item.read))())
-        except (ValueError, OSError) as error:
-            done = [Skipped(item.key, str(error))]
-        samples += [record for record in done if isinstance(record, GroundingSample)]
-        skipped += [record for record in done if isinstance(record, Skipped)]
-    assert len(set(keys)) == len(keys)
-    assert len({sample.image_id for sample in samples}) == len(samples)
-    return samples, skipped
 
 
 def write(root, annotations, images=None, size=(40, 30), **more):
@@ -51,10 +33,6 @@ def row(**values):
 
 def read(root, **options):
     return collect(coco(root, "set", "CC0", "ct", **options))
-
-
-def disk(mask):
-    return rle.decode(mask).astype(bool)
 
 
 def test_boxes_and_what_every_sample_carries(tmp_path):
@@ -82,8 +60,15 @@ def test_polygons_of_several_rings_cover_what_they_enclose(tmp_path):
     (sample,), skipped = read(write(tmp_path, [row(segmentation=rings, bbox=[0, 0, 1, 1])]))
     expected = np.zeros((30, 40), bool)
     expected[3:18, 4:24] = expected[20:26, 30:36] = True
-    assert not skipped and (disk(sample.regions.masks[0]) == expected).all()
+    assert not skipped and (decoded(sample.regions.masks[0]) == expected).all()
     np.testing.assert_allclose(sample.regions.boxes[0], [0.1, 0.1, 0.9, 26 / 30], atol=1e-6)
+
+
+def test_a_region_without_a_mask_does_not_cost_the_others_theirs(tmp_path):
+    square, thin = [[4, 3, 24, 3, 24, 18, 4, 18]], [[4, 3.1, 24, 3.1, 24, 3.2]]  # the latter holds no pixel
+    (sample,), skipped = read(write(tmp_path, [row(segmentation=square), row(), row(segmentation=thin)]))
+    assert not skipped and [mask is None for mask in sample.regions.masks] == [False, True, True]
+    assert decoded(sample.regions.masks[0]).sum() == 15 * 20
 
 
 def test_both_kinds_of_run_lengths_give_the_same_mask_for_any_shape(tmp_path):
@@ -101,8 +86,8 @@ def test_both_kinds_of_run_lengths_give_the_same_mask_for_any_shape(tmp_path):
     (sample,), skipped = read(write(tmp_path, rows))
     assert not skipped
     for k, mask in enumerate(masks):
-        assert (disk(sample.regions.masks[2 * k]) == mask).all() and (
-            disk(sample.regions.masks[2 * k + 1]) == mask
+        assert (decoded(sample.regions.masks[2 * k]) == mask).all() and (
+            decoded(sample.regions.masks[2 * k + 1]) == mask
         ).all()
     assert [a.get("iscrowd") for a in sample.regions.attributes] == ["1", None] * len(masks)
 
@@ -242,15 +227,13 @@ def test_mutated_files_end_in_records_or_an_annotation_error(tmp_path):
 
 @pytest.fixture(scope="module")
 def lungs():
-    if not LUNGS.is_dir():
-        pytest.skip(f"needs {LUNGS}")
-    return collect(cxr_lungboxes(LUNGS, "lungs", "unknown"))
+    return collect(cxr_lungboxes(real("cxr-lungboxes"), "lungs", "unknown"))
 
 
 def test_lung_boxes_equal_a_count_of_the_files(lungs):
     samples, skipped = lungs
-    files = {file.name for file in (LUNGS / "images").iterdir()}
-    data = json.loads((LUNGS / "annotations" / "annotations.json").read_text())
+    files = {file.name for file in (real("cxr-lungboxes") / "images").iterdir()}
+    data = json.loads((real("cxr-lungboxes") / "annotations" / "annotations.json").read_text())
     listed = {image["id"]: image["file_name"] for image in data["images"]}
     usable = [a for a in data["annotations"] if listed[a["image_id"]] in files and a.get("category_id") in (1, 2)]
     assert len(samples) == len(files & set(listed.values())) == len(files)

@@ -1,17 +1,15 @@
 import hashlib
-import pickle
 
 import numpy as np
 import pydicom
 import pytest
-from pycocotools import mask as rle
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from grounding.convert.dicom import dicom_rtstruct, dicom_seg, fill
-from grounding.convert.record import AnnotationError, Skipped, find_label
-from grounding.labels import load_label_tree
+from grounding.convert.record import AnnotationError
+from tests.grounding.convert.builders import collect_with_reasons, decoded, label
 
 SIZE = (25, 31)  # rows, columns; odd, so that the frames of a bit mask do not start at whole bytes
 SPACING = (1.3, 0.7)  # between rows, between columns
@@ -84,8 +82,8 @@ def save_seg(path, images, frames, segments, kind="BINARY", frame_of_reference=F
     seg.BitsAllocated = seg.BitsStored = 1
     seg.HighBit = 0
     seg.SegmentSequence = Sequence()
-    for number, (label, type_, side) in enumerate(segments, 1):
-        segment = items(SegmentNumber=number, SegmentLabel=label, SegmentedPropertyTypeCodeSequence=code(type_))[0]
+    for number, (name, type_, side) in enumerate(segments, 1):
+        segment = items(SegmentNumber=number, SegmentLabel=name, SegmentedPropertyTypeCodeSequence=code(type_))[0]
         if side:
             segment.SegmentedPropertyTypeModifierCodeSequence = code(side)
         seg.SegmentSequence.append(segment)
@@ -136,14 +134,7 @@ def save_rtstruct(path, images, structures, frame_of_reference=FRAME):
 
 
 def read(convert, root, **options):
-    samples, skipped = [], []
-    for item in pickle.loads(pickle.dumps(list(convert(root, "set", "CC0", **options)))):
-        try:
-            for one in item.read():
-                skipped.append((one.key, one.why)) if isinstance(one, Skipped) else samples.append(one)
-        except (ValueError, OSError) as error:
-            skipped.append((item.key, str(error)))
-    return samples, skipped
+    return collect_with_reasons(convert(root, "set", "CC0", **options))
 
 
 def mask(y1, y2, x1, x2, size=SIZE):
@@ -156,10 +147,6 @@ def box(y1, y2, x1, x2):
     return pytest.approx([x1 / SIZE[1], y1 / SIZE[0], x2 / SIZE[1], y2 / SIZE[0]])
 
 
-def label(phrase):
-    return find_label(phrase, load_label_tree())
-
-
 def circle(x, y, radius, count=720):
     turn = np.linspace(0, 2 * np.pi, count, endpoint=False)
     return np.stack([x + radius * np.cos(turn), y + radius * np.sin(turn)], 1)
@@ -168,10 +155,6 @@ def circle(x, y, radius, count=720):
 def in_circle(x, y, radius):
     rows, columns = np.indices(SIZE)
     return (columns - x) ** 2 + (rows - y) ** 2 < radius**2
-
-
-def decoded(regions, k=0):
-    return rle.decode(regions.masks[k]).astype(bool)
 
 
 # SEG
@@ -197,7 +180,7 @@ def test_seg_frames_in_another_order_than_the_images(tmp_path, derived):
     assert found[3].regions.labels == [label("liver"), label("right kidney")]
     assert found[3].regions.boxes[0].tolist() == box(1, 4, 2, 6)
     assert found[3].regions.boxes[1].tolist() == box(20, 25, 30, 31)
-    assert (decoded(found[3].regions) == frames[0][2]).all()
+    assert (decoded(found[3].regions.masks[0]) == frames[0][2]).all()
     assert found[0].regions.boxes[0].tolist() == box(0, 1, 0, 1)
     assert set(found[0].labelled) == {label("liver"), label("right kidney")}
     assert found[1].spacing == SPACING and found[1].modality == "ct" and found[1].licence == "CC0"
@@ -312,7 +295,7 @@ def test_a_circle_in_the_plane_of_its_image(tmp_path, axes, named):
     samples, skipped = read(dicom_rtstruct, tmp_path)
     assert not skipped and [sample.frame for sample in samples] == [2]
     expected = in_circle(14.2, 11.3, 7.07)
-    assert (decoded(samples[0].regions) == expected).all()
+    assert (decoded(samples[0].regions.masks[0]) == expected).all()
     rows, columns = np.nonzero(expected)
     assert samples[0].regions.boxes[0].tolist() == box(rows.min(), rows.max() + 1, columns.min(), columns.max() + 1)
     assert samples[0].regions.texts == ["Kidney_L"] and samples[0].regions.labels == [label("left kidney")]
@@ -326,7 +309,7 @@ def test_a_ring_inside_a_ring_is_a_hole_and_one_beside_it_is_more(tmp_path, kind
     save_rtstruct(tmp_path / "rs.dcm", images, [("Lung_R", contours)])
     samples, skipped = read(dicom_rtstruct, tmp_path)
     outer, hole, beside = (in_circle(*ring) for ring in rings)
-    assert not skipped and (decoded(samples[0].regions) == (outer & ~hole | beside)).all()
+    assert not skipped and (decoded(samples[0].regions.masks[0]) == (outer & ~hole | beside)).all()
     assert len(samples[0].regions) == 1
 
 

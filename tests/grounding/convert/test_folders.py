@@ -1,5 +1,4 @@
 import json
-import pickle
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -11,27 +10,9 @@ from pycocotools import mask as rle
 
 from grounding.convert.folder_sets import SETS, lgg_mri
 from grounding.convert.folders import binary_masks, colour_masks, convert_folder
-from grounding.convert.record import AnnotationError, Skipped
+from grounding.convert.record import AnnotationError
 from grounding.labels import load_label_tree
-from grounding.types import GroundingSample
-
-DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
-
-
-def collect(items):
-    """(samples, skipped) as the build gathers them: from a worker, where an error skips the item."""
-    samples, skipped, keys = [], [], []
-    for item in items:
-        keys.append(item.key)
-        try:
-            done = list(pickle.loads(pickle.dumps(item.read))())
-        except (ValueError, OSError) as error:
-            done = [Skipped(item.key, str(error))]
-        samples += [record for record in done if isinstance(record, GroundingSample)]
-        skipped += [record for record in done if isinstance(record, Skipped)]
-    assert len(set(keys)) == len(keys)
-    assert len({sample.image_id for sample in samples}) == len(samples)
-    return samples, skipped
+from tests.grounding.convert.builders import collect, masks_of, real, save
 
 
 @cache
@@ -63,22 +44,12 @@ def pieces(mask):
     return len({root(k) for k in range(len(parent))})
 
 
-def save(path, pixels, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(pixels, np.uint8)).save(path, **options)
-    return path
-
-
 def blob(*boxes, size=(60, 80), value=255):
     """(H, W) uint8 with filled boxes top, left, bottom, right."""
     mask = np.zeros(size, np.uint8)
     for top, left, bottom, right in boxes:
         mask[top:bottom, left:right] = value
     return mask
-
-
-def inside(sample, k):
-    return rle.decode(sample.regions.masks[k]).astype(bool)
 
 
 GREY = np.full((60, 80), 90)
@@ -95,7 +66,7 @@ def test_a_mask_is_one_region_or_one_a_piece(tmp_path, value):
     save(tmp_path / "x" / "masks" / "a.png", mask)
     (one,), _ = collect(binary_masks(tmp_path, "set", "CC0", "ultrasound", "Nodule"))
     np.testing.assert_allclose(one.regions.boxes, [[0.1, 0.1, 71 / 80, 51 / 60]], atol=1e-6)
-    assert (inside(one, 0) == (mask > 0)).all() and one.regions.texts == ["Nodule"]
+    assert (masks_of(one)[0] == (mask > 0)).all() and one.regions.texts == ["Nodule"]
     (two,), skipped = collect(binary_masks(tmp_path, "set", "CC0", "ultrasound", "Nodule", instances="yes"))
     np.testing.assert_allclose(
         two.regions.boxes, [[0.1, 0.1, 0.6, 0.6], [70 / 80, 50 / 60, 71 / 80, 51 / 60]], atol=1e-6
@@ -128,7 +99,7 @@ def test_colour_masks_with_a_table(tmp_path):
     table = "ff0000:kidney tumour, 0000FF:kidney"
     (sample,), (strange,) = collect(colour_masks(tmp_path, "s", "CC0", "ct", table, instances="kidney tumour"))
     assert sample.regions.texts == ["kidney tumour", "kidney tumour", "kidney"] and len(sample.labelled) == 2
-    assert (inside(sample, 2) == (mask == (0, 0, 255)).all(2)).all()
+    assert (masks_of(sample)[2] == (mask == (0, 0, 255)).all(2)).all()
     assert "1 pixels" in strange.why and "070707" in strange.why
     for wrong in ("red:kidney", "ff0000", "ff0000:", "ff0000=kidney"):
         with pytest.raises(AnnotationError, match="ff0000:kidney tumour"):
@@ -263,12 +234,6 @@ def test_lgg_survives_a_broken_table(tmp_path):
 # Real files
 
 
-def real(name):
-    if not (DATA / name).is_dir():
-        pytest.skip(f"needs {DATA / name}")
-    return DATA / name
-
-
 def texts(samples):
     return Counter(text for sample in samples for text in sample.regions.texts)
 
@@ -378,7 +343,7 @@ def test_colour_sets_equal_a_count_of_pixels(name, colours, separate):
 
 def test_volumes_and_annotators_are_known():
     samples, _ = convert(real("curvas-ct"), "curvas-ct")
-    volumes = {path.stem.split("_")[0] for path in (DATA / "curvas-ct").rglob("*.png")}
+    volumes = {path.stem.split("_")[0] for path in real("curvas-ct").rglob("*.png")}
     assert {sample.patient_id for sample in samples} == {f"curvas-ct/{volume}" for volume in volumes}
     annotators = {}
     for sample in samples:

@@ -9,8 +9,8 @@ from PIL import Image
 from scipy import sparse
 
 from grounding.convert.medical import biomedparse, imed361m, medsam, samed2d
-from grounding.convert.record import AnnotationError, Skipped, find_label
-from grounding.labels import load_label_tree
+from grounding.convert.record import AnnotationError
+from tests.grounding.convert.builders import collect_with_reasons, label, save
 
 SIZE = (30, 40)
 INSIDE = np.s_[6:12, 8:20]
@@ -21,26 +21,6 @@ def mask(where=INSIDE, size=SIZE, value=255):
     pixels = np.zeros(size, np.uint8)
     pixels[where] = value
     return pixels
-
-
-def save(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
-def read(items):
-    samples, skipped = [], []
-    for item in items:
-        try:
-            for one in item.read():
-                skipped.append((one.key, one.why)) if isinstance(one, Skipped) else samples.append(one)
-        except (ValueError, OSError) as error:
-            skipped.append((item.key, str(error)))
-    return samples, skipped
-
-
-def label(phrase):
-    return find_label(phrase, load_label_tree())
 
 
 # BiomedParse
@@ -54,7 +34,7 @@ def test_biomedparse_names(tmp_path):
     save(tmp_path / "set/train_mask/covid_12_X-Ray_chest_heart.png", mask(size=(40, 30)))
     save(tmp_path / "set/train_mask/a_MRI-FLAIR_brain_glioma.png", mask(np.s_[0:0]))
     save(tmp_path / "set/train_mask/gone_CT_lung_nodule.png", mask())
-    samples, skipped = read(biomedparse(tmp_path, "set", "CC0"))
+    samples, skipped = collect_with_reasons(biomedparse(tmp_path, "set", "CC0"))
     found = {sample.image_id: sample for sample in samples}
     first = found["set/set/train/covid_1_X-Ray_chest"]
     assert sorted(first.regions.texts) == ["COVID-19 infection", "left lung"] and first.modality == "xray"
@@ -80,12 +60,12 @@ def test_biomedparse_with_broken_files(tmp_path):
         save(tmp_path / f"test_mask/{name}_left+lung.png", mask())
     (tmp_path / "test_mask/a_CT_lung_nodule.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (tmp_path / "test/b_CT_lung.png").write_bytes(b"")
-    samples, skipped = read(biomedparse(tmp_path, "set", "CC0"))
+    samples, skipped = collect_with_reasons(biomedparse(tmp_path, "set", "CC0"))
     assert len(samples) == 1 and samples[0].regions.texts == ["left lung"]
     assert samples[0].labelled == (label("left lung"),)
     assert len(skipped) == 2 and "a_CT_lung_nodule.png" in skipped[0][1]
     with pytest.raises(AnnotationError, match="train_mask"):
-        read(biomedparse(tmp_path / "test", "set", "CC0"))
+        collect_with_reasons(biomedparse(tmp_path / "test", "set", "CC0"))
 
 
 # IMed-361M
@@ -116,7 +96,7 @@ def imed(root, name="ABD_001_100", matrix=None, size=SIZE, classes=CLASSES, stat
 def test_imed_masks_are_rows_without_background(tmp_path, kind):
     stack = np.stack([mask(), np.zeros(SIZE), mask(np.s_[0:3, 0:4])]).reshape(3, -1).astype(np.uint8)
     imed(tmp_path / "BTCV", matrix=kind(stack))
-    samples, skipped = read(imed361m(tmp_path, "set", "CC0"))
+    samples, skipped = collect_with_reasons(imed361m(tmp_path, "set", "CC0"))
     assert not skipped and len(samples) == 1
     sample = samples[0]
     assert sample.regions.texts == ["spleen", "adrenal_gland_left"]
@@ -133,7 +113,7 @@ def test_imed_masks_are_rows_without_background(tmp_path, kind):
 def test_imed_entries_are_all_accounted_for(tmp_path):
     test = [{"image": "image/gone.png", "label": "label/gone.npz"}, 5, {"image": "../../x.png", "label": 7}]
     imed(tmp_path, test=test)
-    samples, skipped = read(imed361m(tmp_path, "set", "CC0"))
+    samples, skipped = collect_with_reasons(imed361m(tmp_path, "set", "CC0"))
     assert len(samples) == 1
     assert [key for key, _ in skipped] == [f"dataset.json:test[{k}]" for k in range(3)]
 
@@ -146,7 +126,7 @@ def test_imed_masks_of_a_transposed_or_other_image_are_refused(tmp_path):
         "d": {"modality": {"0": "pet"}},
     }.items():
         imed(tmp_path / folder, **more)
-    samples, skipped = read(imed361m(tmp_path, "set", "CC0"))
+    samples, skipped = collect_with_reasons(imed361m(tmp_path, "set", "CC0"))
     assert not samples and len(skipped) == 4
     assert "30 x 40 on an image of 40 x 30" in skipped[0][1] and "3 masks" in skipped[2][1]
 
@@ -188,7 +168,7 @@ def test_pickles_in_an_npz_are_not_opened(tmp_path):
     raw = npz(**good, indptr=npy(np.zeros(4, np.int32)), data=npy(payload, allow_pickle=True))
     imed(tmp_path / "a", matrix=raw)
     imed(tmp_path / "b", matrix=pickle.dumps(payload))
-    samples, skipped = read(imed361m(tmp_path, "set", "CC0"))
+    samples, skipped = collect_with_reasons(imed361m(tmp_path, "set", "CC0"))
     assert not samples and "pickled" in skipped[0][1] and len(skipped) == 2
     assert not trap.exists()
 
@@ -231,10 +211,10 @@ def test_hostile_npz_files_are_refused(tmp_path, changes):
         "indptr": npy(np.array([0, 1, 2, 2], np.int32)),
     }
     imed(tmp_path, matrix=npz(**members))
-    assert len(read(imed361m(tmp_path, "set", "CC0"))[0]) == 1
+    assert len(collect_with_reasons(imed361m(tmp_path, "set", "CC0"))[0]) == 1
     members = {name: content for name, content in (members | changes).items() if content is not None}
     imed(tmp_path, matrix=npz(**members))
-    samples, skipped = read(imed361m(tmp_path, "set", "CC0"))
+    samples, skipped = collect_with_reasons(imed361m(tmp_path, "set", "CC0"))
     assert not samples and len(skipped) == 1
 
 
@@ -246,7 +226,7 @@ def test_damaged_npz_files_never_raise_anything_else(tmp_path):
         for place in random.integers(0, len(raw), 4):
             raw[place] = random.integers(256)
         path.write_bytes(raw[: random.integers(1, len(raw) + 1)] if random.random() < 0.3 else raw)
-        samples, skipped = read(imed361m(tmp_path, "set", "CC0"))
+        samples, skipped = collect_with_reasons(imed361m(tmp_path, "set", "CC0"))
         assert len(samples) + len(skipped) >= 1
 
 
@@ -254,7 +234,7 @@ def test_damaged_npz_files_never_raise_anything_else(tmp_path):
 def test_imed_without_a_usable_dataset_json(tmp_path, text):
     (tmp_path / "dataset.json").write_text(text)
     with pytest.raises(AnnotationError, match="dataset.json"):
-        read(imed361m(tmp_path, "set", "CC0"))
+        collect_with_reasons(imed361m(tmp_path, "set", "CC0"))
 
 
 # SA-Med2D-20M
@@ -278,7 +258,7 @@ def test_samed2d_masks_name_their_class_by_number(tmp_path):
     (tmp_path / "SAMed2D_v1.json").write_text(json.dumps(listed))
     classes = {"AbdomenCT1K": {"liver": "0", "kidney_left": 3}, "other": {"heart": 9}}
     (tmp_path / "SAMed2D_v1_class_mapping_id.json").write_text(json.dumps(classes))
-    samples, skipped = read(samed2d(tmp_path, "set", "CC0"))
+    samples, skipped = collect_with_reasons(samed2d(tmp_path, "set", "CC0"))
     assert len(samples) == 1 and samples[0].regions.texts == ["liver", "kidney_left"]
     assert samples[0].regions.labels == [label("liver"), label("left kidney")]
     np.testing.assert_allclose(samples[0].regions.boxes, [BOX, BOX], atol=1e-6)
@@ -295,7 +275,7 @@ def test_medsam_volumes(tmp_path):
     labels = np.stack([mask(value=1), mask(value=2), mask(np.s_[0:3, 0:4], value=7)])
     (tmp_path / "MedSAM_train").mkdir()
     np.savez_compressed(tmp_path / "MedSAM_train/CT_Abd_a_1.npz", imgs=images, gts=labels, spacing=(0.5, 0.7, 5.0))
-    samples, skipped = read(medsam(tmp_path, "set", "CC0", "1:liver,2:right kidney,3:spleen"))
+    samples, skipped = collect_with_reasons(medsam(tmp_path, "set", "CC0", "1:liver,2:right kidney,3:spleen"))
     assert [sample.regions.texts for sample in samples] == [["liver"], ["right kidney"], []]
     np.testing.assert_allclose(samples[0].regions.boxes, [BOX], atol=1e-6)
     assert {sample.labelled for sample in samples} == {(label("liver"), label("right kidney"))}
@@ -309,7 +289,7 @@ def test_medsam_volumes(tmp_path):
 def test_medsam_pictures(tmp_path):
     colour = np.stack([mask(), mask() // 2, mask() // 3], -1)
     np.savez_compressed(tmp_path / "Dermoscopy_Skin_1.npz", imgs=colour, gts=mask(value=1))
-    samples, skipped = read(medsam(tmp_path, "set", "CC0", "1:skin lesion"))
+    samples, skipped = collect_with_reasons(medsam(tmp_path, "set", "CC0", "1:skin lesion"))
     assert not skipped and samples[0].image_id == "set/Dermoscopy_Skin_1" and samples[0].modality == "dermoscopy"
     assert (np.asarray(Image.open(io.BytesIO(samples[0].image))) == colour).all()
     assert samples[0].frame is None and samples[0].study_id is None
@@ -331,11 +311,11 @@ def test_medsam_pictures(tmp_path):
 )
 def test_medsam_files_that_do_not_fit_are_refused(tmp_path, members):
     (tmp_path / "CT_x_1.npz").write_bytes(npz(**members))
-    samples, skipped = read(medsam(tmp_path, "set", "CC0", "1:liver"))
+    samples, skipped = collect_with_reasons(medsam(tmp_path, "set", "CC0", "1:liver"))
     assert not samples and len(skipped) == 1
 
 
 def test_medsam_needs_words_for_its_numbers(tmp_path):
     for labels in ("", "liver", "1:", "x:liver"):
         with pytest.raises(AnnotationError, match="1:liver"):
-            read(medsam(tmp_path, "set", "CC0", labels))
+            collect_with_reasons(medsam(tmp_path, "set", "CC0", labels))

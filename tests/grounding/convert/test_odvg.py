@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from grounding.convert.odvg import odvg
-from grounding.convert.record import AnnotationError, Skipped, find_label
-from grounding.labels import load_label_tree
+from grounding.convert.record import AnnotationError
+from tests.grounding.convert.builders import collect_with_reasons, label
 
 
 def picture(path, width=200, height=100):
@@ -29,14 +29,7 @@ def grounding(name, caption, *regions, height=100, width=200):
 
 
 def read(root, **options):
-    samples, skipped = [], []
-    for item in odvg(root, "set", "CC0", **({"modality": "endoscopy"} | options)):
-        try:
-            for one in item.read():
-                skipped.append((one.key, one.why)) if isinstance(one, Skipped) else samples.append(one)
-        except (ValueError, OSError) as error:
-            skipped.append((item.key, str(error)))
-    return samples, skipped
+    return collect_with_reasons(odvg(root, "set", "CC0", **({"modality": "endoscopy"} | options)))
 
 
 def test_detection_rows_with_a_label_map(tmp_path):
@@ -54,11 +47,10 @@ def test_detection_rows_with_a_label_map(tmp_path):
     )
     (tmp_path / "set_label_map.json").write_text(json.dumps({"0": "polyp", "1": "instrument"}))
     samples, skipped = read(tmp_path, images="train")
-    tree = load_label_tree()
     assert [sample.image_id for sample in samples] == ["set/p1", "set/empty"]
     assert samples[0].regions.texts == ["polyp", "instrument"]  # the map counts, as in MMDetection
     np.testing.assert_allclose(samples[0].regions.boxes, [[0.1, 0.1, 0.3, 0.5], [0.5025, 0, 1, 1]], atol=1e-6)
-    both = (find_label("polyp", tree), find_label("instrument", tree))
+    both = (label("polyp"), label("instrument"))
     assert len(samples[1].regions) == 0 and samples[0].labelled == samples[1].labelled == both
     assert samples[0].modality == "endoscopy" and samples[0].image == str(tmp_path / "train/p1.png")
     assert skipped == [("p1.png", "set_od.json:1: instance 2: label '7' is not in the label map")]
@@ -143,7 +135,7 @@ def test_a_class_of_which_an_instance_was_left_out_is_not_called_exhaustive(tmp_
     picture(tmp_path / "a.png")
     rows(tmp_path / "od.jsonl", detection("a.png", {"bbox": [9, 9, 9, 9], "label": 0}))
     (tmp_path / "label_map.json").write_text(json.dumps({"0": "polyp", "1": "fold"}))
-    assert read(tmp_path)[0][0].labelled == (find_label("fold", load_label_tree()),)
+    assert read(tmp_path)[0][0].labelled == (label("fold"),)
 
 
 def test_every_row_is_kept_or_named(tmp_path):

@@ -2,7 +2,6 @@
 against the names of its real lists."""
 
 import json
-import pickle
 import random
 import shutil
 from collections import Counter
@@ -11,41 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from pycocotools import mask as rle
 
 from grounding.convert.others import fill_outline, hc18, idrid, refuge
-from grounding.convert.record import AnnotationError, Skipped
+from grounding.convert.record import AnnotationError
 from grounding.convert.slake import VALUES, slake
-from grounding.labels import load_label_tree
+from tests.grounding.convert.builders import collect_by_id, label, masks_of, real, save
 
-DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 SIZE = (120, 80)  # width, height
-
-
-def convert(items):
-    """image_id → sample, and what was skipped, as the build would see it: a reader may raise ValueError or OSError."""
-    samples, skipped = {}, []
-    for item in items:
-        try:
-            outcomes = list(pickle.loads(pickle.dumps(item.read))())
-        except (ValueError, OSError) as error:
-            outcomes = [Skipped(item.key, str(error))]
-        for outcome in outcomes:
-            if isinstance(outcome, Skipped):
-                skipped.append(outcome)
-            else:
-                assert outcome.image_id not in samples
-                samples[outcome.image_id] = outcome
-    return samples, skipped
-
-
-def label(phrase):
-    return load_label_tree().find(phrase) or phrase
-
-
-def save(path, image):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path)
 
 
 def photograph(path, size=SIZE):
@@ -58,10 +29,6 @@ def drawn(*shapes, size=SIZE, mode="L", background=0):
     for name, box, colours in shapes:
         getattr(ImageDraw.Draw(image), name)(box, **colours)
     return image
-
-
-def masks(sample):
-    return [rle.decode(mask).astype(bool) for mask in sample.regions.masks or []]
 
 
 # HC18
@@ -78,12 +45,12 @@ def test_hc18_outlines_are_filled_and_examinations_kept_together(tmp_path):
     save(tmp_path / "training_set" / "012_HC_Annotation.png", drawn())
     table = "filename,pixel size(mm),head circumference (mm)\n010_HC.png,0.25,44.3\n010_2HC.png,wide,\n"
     (tmp_path / "training_set_pixel_size_and_HC.csv").write_text("\ufeff" + table, encoding="utf-8")
-    samples, skipped = convert(hc18(tmp_path, "hc18", "CC BY 4.0"))
+    samples, skipped = collect_by_id(hc18(tmp_path, "hc18", "CC BY 4.0"))
     assert set(samples) == {f"hc18/training_set/{name}" for name in shapes}
     for name, box in shapes.items():
         sample = samples[f"hc18/training_set/{name}"]
         filled = np.asarray(drawn(("ellipse", box, {"fill": 255}))) > 0
-        assert (masks(sample)[0] == filled).mean() > 0.995
+        assert (masks_of(sample)[0] == filled).mean() > 0.995
         np.testing.assert_allclose(
             sample.regions.boxes[0] * [*SIZE, *SIZE], [*box[:2], box[2] + 1, box[3] + 1], atol=1.1
         )
@@ -110,7 +77,7 @@ def test_outlines_with_gaps_and_cut_off_by_the_frame_are_filled():
 def test_hc18_mask_of_another_size_is_named(tmp_path):
     save(tmp_path / "001_HC.png", drawn())
     save(tmp_path / "001_HC_Annotation.png", drawn(("ellipse", (5, 5, 50, 50), {"outline": 255}), size=(60, 60)))
-    samples, skipped = convert(hc18(tmp_path, "h", ""))
+    samples, skipped = collect_by_id(hc18(tmp_path, "h", ""))
     assert len(samples["h/001_HC"].regions) == 0 and samples["h/001_HC"].labelled == ()
     assert "mask of 60 x 60" in skipped[0].why
 
@@ -127,11 +94,11 @@ def test_refuge_disc_includes_the_cup(tmp_path):
         photograph(tmp_path / "Training400" / f"{name}.jpg")
         if image:
             save(tmp_path / "Annotation-Training400" / "Disc_Cup_Masks" / f"{name}.bmp", image)
-    samples, skipped = convert(refuge(tmp_path, "refuge", ""))
+    samples, skipped = collect_by_id(refuge(tmp_path, "refuge", ""))
     assert set(samples) == {"refuge/Training400/Glaucoma/g0001", "refuge/Training400/Non-Glaucoma/n0001"}
     sample = samples["refuge/Training400/Glaucoma/g0001"]
     assert sample.regions.labels == [label("optic disc"), label("optic cup")]
-    whole, inner = masks(sample)
+    whole, inner = masks_of(sample)
     assert (whole == (np.asarray(drawn(("ellipse", disc, {"fill": 1}))) > 0)).all()
     assert (inner == (np.asarray(drawn(("ellipse", cup, {"fill": 1}))) > 0)).all() and not (inner & ~whole).any()
     assert set(sample.labelled) == {label("optic disc"), label("optic cup")}
@@ -144,7 +111,7 @@ def test_refuge_takes_the_mask_of_the_same_release(tmp_path):
     for split, fill in (("train", 128), ("test", 0)):
         photograph(tmp_path / split / "Images" / "0001.jpg")
         save(tmp_path / split / "gts" / "0001.bmp", drawn(("ellipse", (9, 9, 40, 40), {"fill": fill}), background=255))
-    samples, _ = convert(refuge(tmp_path, "r", ""))
+    samples, _ = collect_by_id(refuge(tmp_path, "r", ""))
     assert samples["r/train/Images/0001"].regions.texts == ["optic disc"]
     assert samples["r/test/Images/0001"].regions.texts == ["optic disc", "optic cup"]
 
@@ -170,7 +137,7 @@ def write_idrid(root):
 
 def test_idrid_every_connected_part_is_a_lesion(tmp_path):
     seg = write_idrid(tmp_path)
-    samples, skipped = convert(idrid(tmp_path, "idrid", "CC BY 4.0"))
+    samples, skipped = collect_by_id(idrid(tmp_path, "idrid", "CC BY 4.0"))
     assert len(samples) == 2 and not skipped
     sample = samples["idrid/A. Segmentation/1. Original Images/b. Testing Set/IDRiD_55"]
     expected = {"Microaneurysms": 6, "Haemorrhages": 1, "Optic Disc": 1}
@@ -184,9 +151,9 @@ def test_idrid_every_connected_part_is_a_lesion(tmp_path):
         ("Haemorrhages", "2. Haemorrhages/IDRiD_55_HE"),
     ):
         whole = np.asarray(Image.open(truth / f"{file}.tif").convert("L")) > 0
-        parts = [mask for text, mask in zip(sample.regions.texts, masks(sample), strict=True) if text == kind]
+        parts = [mask for text, mask in zip(sample.regions.texts, masks_of(sample), strict=True) if text == kind]
         assert (np.sum(parts, 0) == whole).all()  # all of it, nothing twice
-    for box, mask in zip(sample.regions.boxes, masks(sample), strict=True):
+    for box, mask in zip(sample.regions.boxes, masks_of(sample), strict=True):
         rows, columns = np.nonzero(mask)
         tight = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         np.testing.assert_allclose(box * [*SIZE, *SIZE], tight, atol=1e-3)
@@ -199,7 +166,7 @@ def test_idrid_masks_that_cannot_be_used_leave_their_class_open(tmp_path):
     save(truth / "1. Microaneurysms" / "IDRiD_01_MA.tif", drawn(size=(60, 40)))
     save(truth / "1. Microaneurysms" / "IDRiD_02_MA.tif", drawn())
     photograph(seg / "1. Original Images" / "a. Training Set" / "IDRiD_03.jpg")
-    samples, skipped = convert(idrid(seg, "idrid", ""))
+    samples, skipped = collect_by_id(idrid(seg, "idrid", ""))
     sample = samples["idrid/1. Original Images/a. Training Set/IDRiD_01"]
     assert label("hard exudate") not in sample.labelled and label("microaneurysm") not in sample.labelled
     assert label("soft exudate") in sample.labelled and set(sample.regions.texts) == {"Haemorrhages", "Optic Disc"}
@@ -229,7 +196,7 @@ def write_slake(root):
 
 def test_slake_boxes_and_masks_of_one_structure_are_one_region(tmp_path):
     folder = write_slake(tmp_path)
-    samples, skipped = convert(slake(tmp_path, "slake", "CC BY 4.0"))
+    samples, skipped = collect_by_id(slake(tmp_path, "slake", "CC BY 4.0"))
     sample = samples["slake/xmlab1"]
     assert not skipped and sample.modality == "ct" and sample.labelled == ()
     assert len(sample.regions) == 4
@@ -241,12 +208,12 @@ def test_slake_boxes_and_masks_of_one_structure_are_one_region(tmp_path):
         "Spleen": [70, 50, 80, 60],
     }
     assert sample.regions.labels[2] == label("right kidney")
-    assert sample.regions.masks is None  # one has only a box
+    assert [mask is None for mask in sample.regions.masks] == [text == "Atelectasis" for text in sample.regions.texts]
     (folder / "detection.json").write_text("[]")
-    sample = convert(slake(tmp_path, "slake", ""))[0]["slake/xmlab1"]
+    sample = collect_by_id(slake(tmp_path, "slake", ""))[0]["slake/xmlab1"]
     pixels = np.asarray(Image.open(folder / "mask.png"))
     names = {70: "Liver", 155: "Right Kidney", 230: "Spleen"}
-    assert {text: int(mask.sum()) for text, mask in zip(sample.regions.texts, masks(sample), strict=True)} == {
+    assert {text: int(mask.sum()) for text, mask in zip(sample.regions.texts, masks_of(sample), strict=True)} == {
         name: int((pixels == value).sum()) for value, name in names.items()
     }
 
@@ -256,24 +223,22 @@ def test_slake_files_that_lie(tmp_path):
     boxes = [{"Liver": [9, 10, 31]}, {"Heart": "here"}, 5, {"Colon": [1, 1, -4, 5]}, {"Spleen": [500, 500, 5, 5]}]
     (folder / "detection.json").write_text(json.dumps(boxes))
     (tmp_path / "mask.txt").write_text("70:Liver\n230:Spleen\n\nnoise\n")
-    samples, skipped = convert(slake(tmp_path, "slake", ""))
+    samples, skipped = collect_by_id(slake(tmp_path, "slake", ""))
     assert sorted(samples["slake/xmlab1"].regions.texts) == ["Liver", "Spleen"]
     assert len(skipped) == 5 and any("value 155" in record.why for record in skipped)
     (folder / "mask.png").write_bytes(b"\x89PNG")
     (folder / "detection.json").write_text("{")
-    samples, skipped = convert(slake(tmp_path, "slake", ""))
+    samples, skipped = collect_by_id(slake(tmp_path, "slake", ""))
     assert len(samples["slake/xmlab1"].regions) == 0 and len(skipped) == 2
     (folder / "question.json").unlink()
-    samples, skipped = convert(slake(tmp_path, "slake", ""))
+    samples, skipped = collect_by_id(slake(tmp_path, "slake", ""))
     assert not samples and "modality" in skipped[0].why
     with pytest.raises(AnnotationError, match="xmlab"):
         list(slake(tmp_path / "imgs" / "xmlab1", "slake", ""))
 
 
 def test_slake_every_image_of_the_real_lists_is_kept_or_skipped(tmp_path):
-    lists = DATA / "slake-json" / "Slake1.0"
-    if not lists.exists():
-        pytest.skip("shared/data/slake-json is not here")
+    lists = real("slake-json", "Slake1.0")
     rows = [row for name in ("train", "validate", "test") for row in json.loads((lists / f"{name}.json").read_text())]
     for name in ("train", "validate", "test"):
         shutil.copy(lists / f"{name}.json", tmp_path)
@@ -285,7 +250,7 @@ def test_slake_every_image_of_the_real_lists_is_kept_or_skipped(tmp_path):
         save(
             tmp_path / "imgs" / name / "mask.png", drawn(("rectangle", (3, 4, 20, 20), {"fill": value}), size=(40, 30))
         )
-    samples, skipped = convert(slake(tmp_path, "slake", ""))
+    samples, skipped = collect_by_id(slake(tmp_path, "slake", ""))
     assert set(samples) == {f"slake/{name}" for name in chosen}
     assert {record.key for record in skipped} == set(images) - set(chosen)
     assert {record.why for record in skipped} == {"image is not on disk"}

@@ -1,4 +1,3 @@
-import pickle
 import random
 import re
 from collections import Counter
@@ -8,28 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grounding.convert.record import AnnotationError, Skipped
+from grounding.convert.record import AnnotationError
 from grounding.convert.voc import bccd, voc
 from grounding.labels import load_label_tree
-from grounding.types import GroundingSample
-
-CELLS = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "bccd"
-
-
-def collect(items):
-    """(samples, skipped) as the build gathers them: from a worker, where an error skips the item."""
-    samples, skipped, keys = [], [], []
-    for item in items:
-        keys.append(item.key)
-        try:
-            done = list(pickle.loads(pickle.dumps(item.read))())
-        except (ValueError, OSError) as error:
-            done = [Skipped(item.key, str(error))]
-        samples += [record for record in done if isinstance(record, GroundingSample)]
-        skipped += [record for record in done if isinstance(record, Skipped)]
-    assert len(set(keys)) == len(keys)
-    assert len({sample.image_id for sample in samples}) == len(samples)
-    return samples, skipped
+from tests.grounding.convert.builders import collect, real
 
 
 def box(name="cell", xmin=5, ymin=4, xmax=24, ymax=18, more=""):
@@ -176,14 +157,12 @@ def test_mutated_files_end_in_records(tmp_path):
 
 @pytest.fixture(scope="module")
 def cells():
-    if not CELLS.is_dir():
-        pytest.skip(f"needs {CELLS}")
-    return collect(bccd(CELLS, "bccd", "MIT"))
+    return collect(bccd(real("bccd"), "bccd", "MIT"))
 
 
 def test_blood_cells_equal_a_count_of_the_files(cells):
     samples, skipped = cells
-    files = sorted((CELLS / "BCCD" / "Annotations").glob("*.xml"))
+    files = sorted((real("bccd") / "BCCD" / "Annotations").glob("*.xml"))
     boxes = [
         (file.stem, name, tuple(map(int, corners)))
         for file in files
@@ -195,7 +174,7 @@ def test_blood_cells_equal_a_count_of_the_files(cells):
     ]
     points = [(stem, at) for stem, _, at in boxes if at[:2] == at[2:]]
     assert len(points) == 2 and sorted(Path(why.key).stem for why in skipped) == sorted(stem for stem, _ in points)
-    assert len(samples) == len(files) == len(list((CELLS / "BCCD" / "JPEGImages").iterdir()))
+    assert len(samples) == len(files) == len(list((real("bccd") / "BCCD" / "JPEGImages").iterdir()))
     counts = Counter(text for sample in samples for text in sample.regions.texts)
     assert counts == Counter(name for stem, name, at in boxes if (stem, at) not in points)
     by_stem = {Path(sample.image).stem: sample for sample in samples}

@@ -8,9 +8,9 @@ import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from PIL import Image
 
-from grounding.convert.record import AnnotationError, Skipped, find_label
+from grounding.convert.record import AnnotationError
 from grounding.convert.volumes import nifti_volumes
-from grounding.labels import load_label_tree
+from tests.grounding.convert.builders import collect_with_reasons, label
 
 SHAPE, SPACING = (20, 24, 16), (1.0, 2.0, 3.0)  # I, J, K of a volume in RAS+
 INSIDE = np.s_[4:9, 6:13, 3:11]
@@ -43,15 +43,7 @@ def msd(root, labels=None, modality=None, **more):
 
 
 def read(root, layout="msd", **options):
-    """(samples, what was skipped as (key, why)), where an item that raises is skipped."""
-    samples, skipped = [], []
-    for item in nifti_volumes(root, "set", "CC0", layout, **options):
-        try:
-            for one in item.read():
-                skipped.append((one.key, one.why)) if isinstance(one, Skipped) else samples.append(one)
-        except (ValueError, OSError) as error:
-            skipped.append((item.key, str(error)))
-    return samples, skipped
+    return collect_with_reasons(nifti_volumes(root, "set", "CC0", layout, **options))
 
 
 def pixels(sample):
@@ -142,8 +134,8 @@ def test_decathlon_files_are_all_accounted_for(tmp_path):
     }
     assert samples[0].regions.texts == ["liver", "cancer"]
     assert samples[0].labelled == (
-        find_label("liver", load_label_tree()),
-        find_label("liver tumour", load_label_tree()),
+        label("liver"),
+        label("liver tumour"),
     )
     assert all(sample.labelled == samples[0].labelled and sample.licence == "CC0" for sample in samples)
     assert samples[0].image_id == "set/a/axial0003"
@@ -220,7 +212,7 @@ def test_amos_tells_ct_from_mri_by_the_number(tmp_path):
     found = {sample.patient_id: sample.modality for sample in samples}
     assert found == {"set/amos_0004": "ct", "set/amos_0500": "ct", "set/amos_0507": "mri"}
     assert samples[0].regions.texts == ["arota"]
-    assert samples[0].regions.labels == [find_label("aorta", load_label_tree())]
+    assert samples[0].regions.labels == [label("aorta")]
     assert len(samples[0].labelled) == 3
 
 
@@ -234,10 +226,9 @@ def test_totalsegmentator_masks_one_by_one(tmp_path):
     save(tmp_path / "s0002/mri.nii.gz", painted(200))
     save(tmp_path / "s0003/segmentations/liver.nii.gz", painted())
     samples, skipped = read(tmp_path, "totalsegmentator")
-    tree = load_label_tree()
     assert len(samples) == 8 and samples[0].regions.texts == ["lung_upper_lobe_left", "vertebrae_L1"]
-    assert samples[0].regions.labels == [find_label("left upper lobe", tree), find_label("L1 vertebra", tree)]
-    assert set(samples[0].labelled) == {*samples[0].regions.labels, find_label("right kidney", tree)}
+    assert samples[0].regions.labels == [label("left upper lobe"), label("L1 vertebra")]
+    assert set(samples[0].labelled) == {*samples[0].regions.labels, label("right kidney")}
     assert [key for key, _ in skipped] == ["s0001/ct.nii.gz"] * 2 + ["s0002/mri.nii.gz", "s0003/segmentations"]
     assert "liver.nii.gz" in skipped[0][1] and "spleen.nii.gz" in skipped[1][1]
 
@@ -262,7 +253,7 @@ def test_brats_of_both_namings(tmp_path, case, files, enhancing, patient):
     first = [sample for sample in samples if sample.frame == 3][0]
     assert set(first.regions.texts) == {"edema", "necrotic tumour core", "enhancing tumour", "whole tumour"}
     whole = first.regions.boxes[first.regions.texts.index("whole tumour")]
-    assert find_label("glioma", load_label_tree()) in first.regions.labels
+    assert label("glioma") in first.regions.labels
     assert whole.tolist() == pytest.approx(BOXES["axial"][1])
     assert [why for _, why in skipped] == [f"{case}{files[0][0]}seg.nii.gz: values without a name: {7 - enhancing}"] * 4
 

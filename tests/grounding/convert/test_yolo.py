@@ -1,4 +1,3 @@
-import pickle
 import random
 from collections import Counter
 from pathlib import Path
@@ -6,30 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from pycocotools import mask as rle
 
-from grounding.convert.record import AnnotationError, Skipped
+from grounding.convert.record import AnnotationError
 from grounding.convert.yolo import idrid_yolo, yolo
 from grounding.labels import load_label_tree
-from grounding.types import GroundingSample
-
-FUNDUS = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "idrid-yolo"
-
-
-def collect(items):
-    """(samples, skipped) as the build gathers them: from a worker, where an error skips the item."""
-    samples, skipped, keys = [], [], []
-    for item in items:
-        keys.append(item.key)
-        try:
-            done = list(pickle.loads(pickle.dumps(item.read))())
-        except (ValueError, OSError) as error:
-            done = [Skipped(item.key, str(error))]
-        samples += [record for record in done if isinstance(record, GroundingSample)]
-        skipped += [record for record in done if isinstance(record, Skipped)]
-    assert len(set(keys)) == len(keys)
-    assert len({sample.image_id for sample in samples}) == len(samples)
-    return samples, skipped
+from tests.grounding.convert.builders import collect, decoded, real
 
 
 def write(root, name, text, split="train"):
@@ -57,7 +37,7 @@ def test_boxes_and_polygons(tmp_path):
     np.testing.assert_allclose(polygons.regions.boxes, [[0.1, 0.1, 0.6, 0.6]], atol=1e-6)
     inside = np.zeros((30, 40), bool)
     inside[3:18, 4:24] = True
-    assert (rle.decode(polygons.regions.masks[0]).astype(bool) == inside).all()
+    assert (decoded(polygons.regions.masks[0]) == inside).all()
 
 
 @pytest.mark.parametrize(
@@ -179,11 +159,10 @@ def test_mutated_labels_end_in_records(tmp_path):
 
 
 def test_fundus_lesions_equal_a_count_of_the_files():
-    if not FUNDUS.is_dir():
-        pytest.skip(f"needs {FUNDUS}")
-    samples, skipped = collect(idrid_yolo(FUNDUS, "idrid", "CC-BY-4.0"))
-    labels = {file.stem: np.loadtxt(file, ndmin=2) for file in (FUNDUS / "DR_dataset" / "labels").rglob("*.txt")}
-    images = list((FUNDUS / "DR_dataset" / "images").rglob("*.jpg"))
+    root = real("idrid-yolo")
+    samples, skipped = collect(idrid_yolo(root, "idrid", "CC-BY-4.0"))
+    labels = {file.stem: np.loadtxt(file, ndmin=2) for file in (root / "DR_dataset" / "labels").rglob("*.txt")}
+    images = list((root / "DR_dataset" / "images").rglob("*.jpg"))
     assert len(samples) == len(images) == len(labels) and not skipped
     counts = Counter(text for sample in samples for text in sample.regions.texts)
     numbers = Counter(np.concatenate([rows[:, 0] for rows in labels.values()]).astype(int).tolist())
