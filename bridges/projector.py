@@ -71,7 +71,8 @@ class RegionProjector(nn.Module):
     def forward(self, regions: RegionTokens) -> torch.Tensor:
         """(B, N) regions → (B, N, W); rows of invalid regions are zero, and give every parameter a zero gradient.
 
-        Raises ValueError where the regions' widths, or their number, are not those the projector was made for.
+        Raises ValueError where the regions' widths, or their number, are not those the projector was made for, and for
+        values that are not finite.
         """
         self._check(regions)
         geometry = torch.cat([box_code(regions.boxes), regions.scores[..., None]], -1)
@@ -105,6 +106,13 @@ class RegionProjector(nn.Module):
             raise ValueError(f"region tokens have feature and label widths {(d, e)}, this bridge needs {wanted}")
         if n > self.config.slots:
             raise ValueError(f"{n} regions a prompt, this bridge has {self.config.slots} slots")
+        for name in ("features", "boxes", "scores", "label_vectors"):
+            finite = getattr(regions, name).isfinite()
+            if not finite.all():
+                b, k = (~finite).nonzero()[0, :2].tolist()
+                region = f"region {k} ({regions.labels[b][k] or 'no label'}) of prompt {b} in the batch"
+                remedy = "make the region-token file again with grounding.predict"
+                raise ValueError(f"{region}: its {name} hold NaN or infinity; {remedy}")
 
 
 def box_code(boxes: torch.Tensor) -> torch.Tensor:

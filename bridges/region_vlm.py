@@ -1,7 +1,8 @@
-"""RegionVLM: a LLaVA-like model of transformers, tuned with LoRA, that reads region tokens.
+"""RegionVLM: any image-text-to-text model of transformers, tuned with LoRA, that reads region tokens.
 
 A prompt holds one placeholder token a region. Its `input_ids` stay as they are (positions and image placeholders are
-computed from them); a hook on the input-embedding layer puts the projected regions in the placeholders' rows.
+computed from them); a hook on the input-embedding layer puts the projected regions in the placeholders' rows. The
+language layers are those beside the input embeddings, so that no table of families is needed.
 Dimension key: B images, N regions, T tokens, W width, V vocabulary.
 """
 
@@ -27,7 +28,9 @@ from grounding.types import RegionTokens
 
 FORMAT_VERSION = 1
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-IMAGE_PROJECTOR = "multi_modal_projector"
+LORA_KINDS = ("lora", "rslora", "dora")
+# Between vision tower and language model. (Qwen-VL's merger is a part of the tower, and frozen like it.)
+IMAGE_PROJECTORS = ("multi_modal_projector", "connector")
 PACKAGES = ("torch", "transformers", "peft", "med-glip")
 
 
@@ -39,7 +42,9 @@ class CheckpointError(ValueError):
 class BridgeConfig:
     """What belongs to a checkpoint beside its tensors.
 
-    `base` and `fingerprint` name the model it was trained on; `lora_layers` are counted from the last, None means all.
+    `base` and `fingerprint` name the model it was trained on, in 4 bits with `four_bit`. `lora_layers` are counted from
+    the last, None means all; `lora_targets` are names of linear layers in them. `lora_kind`: lora (its product counts
+    twice), rslora (8/√r times: Kalajdzievski 2023, arXiv 2312.03732) or dora (Liu et al., ICML 2024).
     """
 
     base: str
@@ -48,18 +53,31 @@ class BridgeConfig:
     projector: ProjectorConfig
     lora_r: int = 16
     lora_layers: int | None = 8
+    lora_kind: str = "lora"
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+    four_bit: bool = False
+
+    def __post_init__(self):
+        if self.lora_kind not in LORA_KINDS:
+            raise ValueError(f"lora_kind={self.lora_kind!r}; known: {', '.join(LORA_KINDS)}")
 
 
 class RegionVLM(nn.Module):
-    """`model` (frozen, with LoRA on its language layers, its image projector trainable) and a RegionProjector."""
+    """`model` (frozen, with LoRA on its language layers, its image projector trainable) and a RegionProjector.
+
+    Raises ValueError where the input embeddings of `model`, or the layers that LoRA is for, cannot be found.
+    """
 
     def __init__(self, model: PreTrainedModel, config: BridgeConfig):
         super().__init__()
         self.config = config
+        self._towers = _frozen_parts(model)  # a list: they belong to `model`
+        # M-RoPE: positions are computed from image grids, and from the mask, which leaves free slots out.
+        self._own_positions = hasattr(model.base_model, "get_rope_index")
         model.name_or_path = config.base  # PEFT writes it into adapter_config.json
         self.model = get_peft_model(model, _lora(model, config))
         for name, parameter in self.model.named_parameters():
-            if IMAGE_PROJECTOR in name:
+            if _in_image_projector(name):
                 parameter.requires_grad_(True)
         self.projector = RegionProjector(config.projector)
         self.image_token_id: int = model.config.image_token_id
@@ -69,35 +87,41 @@ class RegionVLM(nn.Module):
     def train(self, mode: bool = True) -> "RegionVLM":
         """As nn.Module's; the frozen vision tower stays in evaluation mode."""
         super().train(mode)
-        for name, module in self.model.named_modules():
-            if name.endswith("vision_tower"):
-                module.eval()
+        for module in self._towers:
+            module.eval()
         return self
+
+    def gradient_checkpointing(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, regions: RegionTokens, **inputs: Any):
         """The model's output for `inputs` (`input_ids` (B, T), `pixel_values` …) with `regions` (B, N) put in.
 
-        Raises ValueError unless `input_ids` hold exactly B · N region placeholders.
+        Raises ValueError unless `input_ids` hold exactly B · N region placeholders, or where a region is not finite.
         """
         self._rows = self.projector(regions)
         try:
-            return self.model(**inputs)
+            return self.model(**self._positioned(inputs))
         finally:
             self._rows = None
 
     @torch.no_grad()
     def generate(self, regions: RegionTokens, max_new_tokens: int, **inputs: Any) -> torch.Tensor:
-        """Greedy continuation (B, new tokens) int64, padded with the pad token after the end of each row."""
+        """Continuation (B, new tokens) int64, padded with the pad token after the end of each row. Greedy, unless
+        `inputs` say otherwise (`num_beams`, `do_sample` … of transformers)."""
         # A generated placeholder would be taken for one of the prompt's.
         placeholders = [self.config.region_token_id, self.image_token_id]
         self._rows = self.projector(regions)
         try:
-            tokens = self.model.generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, suppress_tokens=placeholders
-            )
+            settings = {"do_sample": False, "suppress_tokens": placeholders, "max_new_tokens": max_new_tokens}
+            tokens = self.model.generate(**(settings | self._positioned(inputs)))
         finally:
             self._rows = None
         return tokens[:, inputs["input_ids"].shape[1] :]
+
+    def _positioned(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in inputs.items() if k != "position_ids" or not self._own_positions}
 
     def _inject(self, module: nn.Module, args: tuple[torch.Tensor], embeds: torch.Tensor) -> torch.Tensor:
         input_ids, rows = args[0], self._rows
@@ -106,6 +130,8 @@ class RegionVLM(nn.Module):
         # A decoding step with cached keys embeds the one new token, which is never a placeholder.
         if rows is None or (count == 0 and input_ids.shape[-1] == 1):
             return embeds
+        if len(input_ids) > len(rows):  # several beams a prompt, side by side
+            rows = rows.repeat_interleave(len(input_ids) // len(rows), 0)
         if count != rows.shape[0] * rows.shape[1]:
             wanted = rows.shape[0] * rows.shape[1]
             raise ValueError(f"input_ids hold {count} region placeholders for {wanted} region tokens; make them equal")
@@ -192,8 +218,10 @@ def read_checkpoint(folder: str | Path) -> tuple[BridgeConfig, dict[str, Any]]:
         raise CheckpointError(
             f"{folder}: checkpoint format {version}, this program reads {FORMAT_VERSION}; train it again"
         )
-    config = dict(saved["config"])
-    return BridgeConfig(**{**config, "projector": ProjectorConfig(**config["projector"])}), saved["settings"]
+    config = {**saved["config"], "projector": ProjectorConfig(**saved["config"]["projector"])}
+    if "lora_targets" in config:  # checkpoints written before there was a choice have none
+        config["lora_targets"] = tuple(config["lora_targets"])
+    return BridgeConfig(**config), saved["settings"]
 
 
 def checkpoint_hash(folder: str | Path) -> str:
@@ -208,7 +236,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     """16 hex digits over name, shape and 64 values of each weight, without the image projector, which is trained."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
-        if IMAGE_PROJECTOR in name:
+        if _in_image_projector(name):
             continue
         values = weight.detach().flatten()
         sample = values[:: max(1, len(values) // 64)][:64].float().cpu()
@@ -216,22 +244,74 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def input_embeddings(model: PreTrainedModel) -> nn.Embedding:
+    """The input-embedding table of the language model. Raises ValueError for a model that does not show it."""
+    try:
+        table = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        table = None
+    if not isinstance(table, nn.Embedding):
+        raise ValueError(
+            f"the input embeddings of {type(model).__name__} cannot be found (get_input_embeddings gives "
+            f"{type(table).__name__}); regions need a model that looks tokens up in one table"
+        )
+    return table
+
+
 def embedding_scale(model: PreTrainedModel) -> float:
-    """Root mean square of the input-embedding table, for `ProjectorConfig.scale`."""
-    return model.get_input_embeddings().weight.detach().float().pow(2).mean().sqrt().item()
+    """Root mean square of what the input-embedding layer yields, for `ProjectorConfig.scale`."""
+    table = input_embeddings(model)
+    weight = table.weight.detach()
+    # Gemma's layer multiplies its table by a constant: measured on some rows, 1 elsewhere.
+    ids = torch.arange(0, len(weight), max(1, len(weight) // 64), device=weight.device)
+    with torch.no_grad():
+        factor = (table(ids).float().norm() / weight[ids].float().norm()).item()
+    return weight.float().pow(2).mean().sqrt().item() * factor
+
+
+def language_prefix(model: PreTrainedModel) -> str:
+    """Name of the module that holds the input embeddings and the language layers, such as "model.language_model"."""
+    table = input_embeddings(model)
+    name = next(name for name, module in model.named_modules() if module is table).rpartition(".")[0]
+    if not isinstance(getattr(model.get_submodule(name), "layers", None), nn.ModuleList):
+        raise ValueError(f"{type(model).__name__}: no list of layers beside its input embeddings, in {name!r}")
+    return name
+
+
+def _frozen_parts(model: PreTrainedModel) -> list[nn.Module]:
+    """What stands beside the language model (a vision tower), less the image projector."""
+    parent, _, own = language_prefix(model).rpartition(".")
+    parts = model.get_submodule(parent).named_children()
+    return [module for name, module in parts if name not in (own, *IMAGE_PROJECTORS)]
+
+
+def _in_image_projector(parameter: str) -> bool:
+    return not set(parameter.split(".")).isdisjoint(IMAGE_PROJECTORS)
 
 
 def _lora(model: PreTrainedModel, config: BridgeConfig) -> LoraConfig:
-    depth = model.config.get_text_config().num_hidden_layers
+    prefix = language_prefix(model)
+    depth = len(model.get_submodule(f"{prefix}.layers"))
     first = 0 if config.lora_layers is None else max(0, depth - config.lora_layers)
-    layers = "|".join(str(layer) for layer in range(first, depth))
-    # A pattern, since a CLIP tower has layers and projections of the same names.
-    pattern = rf".*language_model\.layers\.({layers})\..*\.({'|'.join(LORA_TARGETS)})"
-    return LoraConfig(r=config.lora_r, lora_alpha=2 * config.lora_r, target_modules=pattern)
+    layers, targets = "|".join(map(str, range(first, depth))), "|".join(map(re.escape, config.lora_targets))
+    # A pattern, since a vision tower has layers and projections of the same names.
+    pattern = rf"{re.escape(prefix)}\.layers\.({layers})\..*\.({targets})"
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not any(re.fullmatch(pattern, name) for name in names):
+        known = sorted({name.rpartition(".")[2] for name in names if name.startswith(f"{prefix}.layers.")})
+        raise ValueError(f"lora_targets={', '.join(config.lora_targets)}: no such layer; there are {', '.join(known)}")
+    rank_stable = config.lora_kind == "rslora"
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=8 if rank_stable else 2 * config.lora_r,
+        target_modules=pattern,
+        use_rslora=rank_stable,
+        use_dora=config.lora_kind == "dora",
+    )
 
 
 def _bridge_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in state.items() if re.match(r"projector\.", k) or IMAGE_PROJECTOR in k}
+    return {k: v for k, v in state.items() if k.startswith("projector.") or _in_image_projector(k)}
 
 
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -148,14 +148,24 @@ def regions_as_text(tokens: RegionTokens, tree: LabelTree, extent_mm: tuple[floa
     """
     parts = []
     for i in torch.nonzero(tokens.valid[0]).flatten().tolist():
-        label = tokens.labels[0][i]
-        phrase = tree.phrase(label) if label in tree.nodes else label
-        if tokens.levels[0, i] == NOT_FOUND_LEVEL:
-            parts.append(f"no {phrase}")
-        elif label in tree.nodes and not tree.is_finding(label):
-            parts.append(phrase)
-        else:
-            x1, y1, x2, y2 = tokens.boxes[0, i].tolist()
-            size = f" {max((y2 - y1) * extent_mm[0], (x2 - x1) * extent_mm[1]):.0f} mm" if extent_mm else ""
-            parts.append(f"{phrase}{size} at {','.join(f'{100 * v:.0f}' for v in (x1, y1, x2, y2))}")
+        name = region_name(tokens, i, tree, extent_mm)
+        if tokens.levels[0, i] != NOT_FOUND_LEVEL and not _is_place(tokens.labels[0][i], tree):
+            name += f" at {','.join(f'{100 * v:.0f}' for v in tokens.boxes[0, i].tolist())}"
+        parts.append(name)
     return "; ".join(parts)
+
+
+def region_name(tokens: RegionTokens, i: int, tree: LabelTree, extent_mm: tuple[float, float] | None = None) -> str:
+    """Slot `i` of a batch of one in words: "left temporal lobe lesion 15 mm", "insula", "no left insula lesion"."""
+    label = tokens.labels[0][i]
+    phrase = tree.phrase(label) if label in tree.nodes else label
+    if tokens.levels[0, i] == NOT_FOUND_LEVEL:
+        return f"no {phrase}"
+    if extent_mm is None or _is_place(label, tree):
+        return phrase
+    x1, y1, x2, y2 = tokens.boxes[0, i].tolist()
+    return f"{phrase} {max((y2 - y1) * extent_mm[0], (x2 - x1) * extent_mm[1]):.0f} mm"
+
+
+def _is_place(label: str, tree: LabelTree) -> bool:
+    return label in tree.nodes and not tree.is_finding(label)

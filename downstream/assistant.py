@@ -9,7 +9,7 @@ from downstream.predict import Answerer, answer, evidence_of, load_answerer
 from downstream.prompts import REPORT_QUESTION
 from downstream.sources import RegionSource, TokenTable
 from grounding.detect import Detection, Grounder, load_grounder
-from grounding.images import MedicalImage, read_image, to_pixel_values
+from grounding.images import MedicalImage, read_image
 from grounding.types import RegionSet, RegionTokens, read_regions
 
 NOTICE = "Research use only; not a medical device."
@@ -21,17 +21,25 @@ def grounder_dir(checkpoint: Path) -> Path:
     return checkpoint / "grounder" if (checkpoint / "grounder" / "config.json").exists() else checkpoint
 
 
-def look(grounder: Grounder, image: MedicalImage, modality: str | None, phrases: list[str] | None = None) -> Detection:
+def look(
+    grounder: Grounder,
+    image: MedicalImage,
+    modality: str | None,
+    phrases: list[str] | None = None,
+    tiles: int = 1,
+) -> Detection:
     """Checks that the checkpoint knows this kind of image, then looks for ``phrases`` or its own vocabulary.
 
     ``modality`` given by the user is believed; otherwise the file's own (DICOM) or the look of the image decides.
-    Raises PhraseError for a modality, image or phrase that the checkpoint does not know.
+    ``tiles``: see `Grounder.detect`. Raises PhraseError for a modality, image or phrase that the checkpoint does not
+    know.
     """
     grounder.check_modality(modality or image.modality)
     if modality is None:
         grounder.check_familiar(image)
     resolved = None if phrases is None else grounder.resolve(phrases, modality or image.modality)
-    return grounder.detect([image.pixels], resolved, modality)[0]
+    more = {"tiles": tiles} if tiles > 1 else {}  # detectors of other families have none
+    return grounder.detect([image.pixels], resolved, modality, **more)[0]
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,8 @@ class Assistant:
         said = self._say(image, source, REPORT_QUESTION)
         text, sentences = split_report(said.text, said.slots)
         evidence = evidence_of(said.slots, image.pixels.shape[:2])
-        looked_for = [query for query in queries if self.answerer.tree.is_finding(query["label"])]
+        tree = self.answerer.tree
+        looked_for = [q for q in queries if q["label"] in tree.nodes and tree.is_finding(q["label"])]
         return {
             "image": str(path),
             "report": text,
@@ -93,8 +102,7 @@ class Assistant:
         return RegionSource(TokenTable({IMAGE: 0}, tokens, detector, self.grounder.label_table()))
 
     def _say(self, image: MedicalImage, source: RegionSource, question: str, modality: str | None = None):
-        pixels, _ = to_pixel_values(image.pixels, self.answerer.base.image_size)
-        return answer(self.answerer, pixels, source, IMAGE, question, _extent(image), modality)
+        return answer(self.answerer, image.pixels, source, IMAGE, question, _extent(image), modality)
 
     def _provenance(self) -> dict:
         return {

@@ -40,6 +40,13 @@ def parser() -> argparse.ArgumentParser:
     ground.add_argument("phrases", metavar="PHRASE", nargs="+")
     ground.add_argument("--out", type=Path, help="regions as JSON")
     ground.add_argument("--overlay", type=Path, help="PNG with the regions drawn")
+    ground.add_argument(
+        "--tiles",
+        type=int,
+        default=1,
+        help="look again in overlapping tiles, so many along the longer side, for small lesions in large images",
+    )
+    ground.add_argument("--masks", metavar="SAM", help="folder or hub id of a SAM-family model that makes the masks")
     ground.set_defaults(run=run_ground)
 
     ask = add(
@@ -93,7 +100,11 @@ def run_ground(options: argparse.Namespace) -> None:
     _check_outputs(options.out, options.overlay)
     image = read_image(options.image)
     grounder = load_grounder(grounder_dir(options.checkpoint))
-    found = look(grounder, image, options.modality, options.phrases).found
+    found = look(grounder, image, options.modality, options.phrases, options.tiles).found
+    if options.masks:
+        from grounding.box_masks import add_masks, load_sam
+
+        found = add_masks(found, image.pixels, load_sam(options.masks))
     for query in found.queries:
         print(f"looked for {query['phrase']}: present with probability {query['presence']:.2f}")
     _print_regions(found.to_dict(), image.pixels.shape[:2])

@@ -5,17 +5,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from bridges.routes import labels_in
+from downstream.base import Base
 from downstream.brain_qa import describe, lesions_of
 from downstream.citations import cite, found_slots
-from downstream.embedded import Base
+from downstream.packing import pack
 from downstream.prompts import LIST_QUESTION, REPORT_QUESTION, Batch, Prompt, build_prompt, collate, report_text
 from downstream.samples import ReportSample, VQASample, read_questions, read_reports
 from downstream.sources import RegionSource, TokenTable
 from grounding.boxes import pairwise_iou
-from grounding.images import read_image, to_pixel_values
+from grounding.images import read_image
 from grounding.labels import LabelTree
 from grounding.store import open_store
 from grounding.types import GroundingSample, RegionTokens
@@ -37,9 +39,9 @@ def image_of(sample: Sample) -> str:
     return sample.image_id if isinstance(sample, VQASample) else sample.images[0]
 
 
-def pixels_of(record: GroundingSample, base: Base) -> torch.Tensor:
-    """(3, S, S) float32, letterboxed and normalised for the tower of `base`."""
-    return to_pixel_values(read_image(record.image).pixels, base.image_size)[0]
+def pixels_of(record: GroundingSample) -> np.ndarray:
+    """The image as it is, uint8 (H, W) or (H, W, 3); the model's processor makes of it what the model reads."""
+    return read_image(record.image).pixels
 
 
 def extent_mm(record: GroundingSample) -> tuple[float, float] | None:
@@ -57,6 +59,8 @@ class DataConfig(Protocol):
     route: str
     k: int
     batch_size: int
+    pack: int
+    names: bool
     seed: int
     max_answer: int
     annotated_share: float
@@ -103,7 +107,8 @@ class TrainingData:
     """Questions and reports of one folder with their images and regions; `batch(number)` is the number-th of all.
 
     The first `align_steps` batches of a process name the regions of a prompt instead: an answer to a question holds a
-    word or two, and a bridge would learn from thousands of them what it learns from some hundred lists.
+    word or two, and a bridge would learn from thousands of them what it learns from some hundred lists. With `pack` > 1
+    a row holds that many questions and reports of one image at most, and in the first `align_steps` its list as well.
     """
 
     def __init__(self, config: DataConfig, base: Base, tree: LabelTree, tables: Mapping[str, TokenTable]):
@@ -118,23 +123,60 @@ class TrainingData:
             raise ValueError(f"{config.data}: questions.jsonl and reports.jsonl hold no sample to train on")
         self.lengths = [len(question_of(sample)) + len(answer_of(sample)) for sample in self.samples]
         self._epoch, self._plan = -1, []
+        self.of_image: dict[str, list[Sample]] = {}
+        for sample in self.samples:
+            self.of_image.setdefault(image_of(sample), []).append(sample)
 
-    def batch(self, step: int, world: int = 1, rank: int = 0) -> tuple[torch.Tensor, Batch]:
-        """(pixel_values (B, 3, S, S), prompts with answers) of one process at a step."""
+    def batch(self, step: int, world: int = 1, rank: int = 0) -> Batch:
+        """Prompts with images and answers, of one process at a step."""
         number, align = step * world + rank, self.config.align_steps * world
-        examples = self._lists(number) if number < align else self._examples(number - align)
-        pixels, prompts = zip(*examples, strict=True)
-        return torch.stack(pixels), collate(prompts, self.base.tokenizer.pad_token_id)
+        if self.config.pack > 1:
+            return pack(self._packs(number, number < align), self.base.tokenizer.pad_token_id)
+        prompts = self._lists(number) if number < align else self._examples(number - align)
+        return collate(list(prompts), self.base.tokenizer.pad_token_id)
 
-    def _lists(self, number: int) -> Iterator[tuple[torch.Tensor, Prompt]]:
+    def _packs(self, number: int, listed: bool) -> list[list[Prompt]]:
+        rng = random.Random(f"{self.config.seed}/packs/{number}")
+        images = rng.choices(list(self.of_image), k=self.config.batch_size)
+        return [self._pack(image_id, rng, listed) for image_id in images]
+
+    def _pack(self, image_id: str, rng: random.Random, listed: bool) -> list[Prompt]:
+        """Prompts about one image with one set of slots: half of them at most for what the questions name, so that
+        those of other questions and of reports are as at the test."""
+        config, record = self.config, self.store.by_id(image_id)
+        source, mine, named = self._source(rng), list[Sample](), frozenset[str]()
+        for sample in rng.sample(self.of_image[image_id], len(self.of_image[image_id])):
+            wanted = named | labels_in(question_of(sample), self.tree, record.modality)
+            if len(mine) < config.pack and (not mine or len(wanted) <= config.k // 2):
+                mine, named = [*mine, sample], wanted
+        slots = source.slots(image_id, named, self.tree, config.k)
+        asked = [(question_of(sample), self._answer(sample, slots)) for sample in mine]
+        if listed:
+            asked.append((LIST_QUESTION, list_regions(slots, record, self.tree)))
+        pixels = pixels_of(record)
+        return [self._prompt(question, slots, record, answer, pixels) for question, answer in asked]
+
+    def _source(self, rng: random.Random) -> RegionSource:
+        draws = [rng.random() for _ in range(3)]  # always three, so that each route and rate sees the same samples
+        kind = "annotated" if draws[0] < self.config.annotated_share else "predicted"
+        features = "zero" if draws[2] < self.config.feature_dropout else "full"
+        return RegionSource(self.tables[kind], is_empty=draws[1] < self.config.region_dropout, features=features)
+
+    def _answer(self, sample: Sample, slots: RegionTokens) -> str:
+        answer = answer_of(sample)
+        if isinstance(sample, ReportSample) and self.config.route != "none" and sample.findings:
+            answer = answer.replace(sample.findings, cite(sample.findings, slots, self.tree), 1)
+        return answer
+
+    def _lists(self, number: int) -> Iterator[Prompt]:
         config, rng = self.config, random.Random(f"{self.config.seed}/lists/{number}")
         for image_id in rng.choices(self.store.image_ids, k=config.batch_size):
             source = RegionSource(self.tables["annotated" if rng.random() < config.annotated_share else "predicted"])
             slots, record = source.slots(image_id, frozenset(), self.tree, config.k), self.store.by_id(image_id)
             answer = list_regions(slots, record, self.tree)
-            yield pixels_of(record, self.base), self._prompt(LIST_QUESTION, slots, record, answer)
+            yield self._prompt(LIST_QUESTION, slots, record, answer)
 
-    def _examples(self, number: int) -> Iterator[tuple[torch.Tensor, Prompt]]:
+    def _examples(self, number: int) -> Iterator[Prompt]:
         per_epoch = len(self._plan) or len(plan_epoch(self.lengths, self.config.batch_size, self.config.seed, 0))
         epoch, place = divmod(number, per_epoch)
         if epoch != self._epoch:
@@ -144,19 +186,16 @@ class TrainingData:
         samples = [self.samples[i] for i in self._plan[place]]
         yield from (self._example(sample, rng) for sample in samples)
 
-    def _prompt(self, question: str, slots: RegionTokens, record: GroundingSample, answer: str) -> Prompt:
+    def _prompt(
+        self, question: str, slots: RegionTokens, record: GroundingSample, answer: str, pixels: np.ndarray | None = None
+    ) -> Prompt:
         route, longest = self.config.route, self.config.max_answer
-        return build_prompt(self.base, question, slots, route, self.tree, extent_mm(record), answer, longest)
+        images = [pixels_of(record) if pixels is None else pixels]
+        extent, names = extent_mm(record), self.config.names
+        return build_prompt(self.base, question, slots, route, self.tree, extent, answer, longest, images, names)
 
-    def _example(self, sample: Sample, rng: random.Random) -> tuple[torch.Tensor, Prompt]:
+    def _example(self, sample: Sample, rng: random.Random) -> Prompt:
         config, image_id, question = self.config, image_of(sample), question_of(sample)
-        draws = [rng.random() for _ in range(3)]  # always three, so that each route and rate sees the same samples
-        kind = "annotated" if draws[0] < config.annotated_share else "predicted"
-        features = "zero" if draws[2] < config.feature_dropout else "full"
-        source = RegionSource(self.tables[kind], is_empty=draws[1] < config.region_dropout, features=features)
-        record = self.store.by_id(image_id)
+        source, record = self._source(rng), self.store.by_id(image_id)
         slots = source.slots(image_id, labels_in(question, self.tree, record.modality), self.tree, config.k)
-        answer = answer_of(sample)
-        if isinstance(sample, ReportSample) and config.route != "none" and sample.findings:
-            answer = answer.replace(sample.findings, cite(sample.findings, slots, self.tree), 1)
-        return pixels_of(record, self.base), self._prompt(question, slots, record, answer)
+        return self._prompt(question, slots, record, self._answer(sample, slots))

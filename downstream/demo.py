@@ -51,6 +51,8 @@ class DemoConfig:
     bridge_steps: int
     grounder_batch: int = 16
     bridge_batch: int = 8
+    bridge_pack: int = 1
+    bridge_names: bool = False
     trunk: str = "embedded"
     base: str = "embedded"
     max_answer: int = 160
@@ -124,7 +126,7 @@ def run(out: Path, full: bool, config_path: Path | None, overrides: list[str]) -
     grounder_keys = ("train_images", "seed", "grounder_steps", "grounder_batch", "trunk")
     region_keys = (*grounder_keys, "test_images")
     data_keys = ("train_images", "test_images", "train_questions", "train_reports", "questions", "reports", "seed")
-    bridge_keys = (*grounder_keys, *data_keys, "bridge_steps", "bridge_batch", "base", "max_answer")
+    bridge_keys = (*grounder_keys, *data_keys, "base", "max_answer", *(key for key in stages.config if "bridge" in key))
     if config.base == "embedded":
         stages.run("weights", "Language model weights", (), lambda folder: _weights(folder))
     data = stages.run("data", "Images, questions and reports", data_keys, lambda folder: build_data(folder, config))
@@ -226,6 +228,9 @@ def _bridge(folder: Path, route: str, data: Path, regions: Path, config: DemoCon
         "steps": config.bridge_steps,
         "align_steps": config.bridge_steps // 3,
         "batch_size": config.bridge_batch,
+        "pack": config.bridge_pack,
+        "names": config.bridge_names,
+        "warmup": min(30, config.bridge_steps // 12),
         "max_answer": config.max_answer,
         "seed": config.seed,
         "save_every": max(1, config.bridge_steps // 4),

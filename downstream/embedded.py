@@ -10,12 +10,12 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -31,13 +31,13 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from bridges.region_vlm import weights_fingerprint
 from configs import cache_dir
+from downstream.base import REGION_TOKENS, Base, BaseModelError, load_family
 from grounding.efficientnet import EfficientNetLiteConfig, EfficientNetLiteModel, load_lite0
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GRID = 4
-# Tokens that the tokenizer reserves and ordinary text never uses, so that no embedding table is resized.
+# Of the tokens that the tokenizer reserves, and ordinary text never uses, so that no embedding table is resized.
 IMAGE_TOKEN = "<filename>"
-REGION_TOKENS = ("<reponame>", "<|reserved_special_token_0|>", "<unused0>", "<|box_start|>")
 # SmolLM2's own template without the 17 tokens of its default system message.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -45,38 +45,15 @@ CHAT_TEMPLATE = (
 )
 
 
-class BaseModelError(RuntimeError):
-    """A base model that cannot be had; the message says which and the remedy."""
-
-
-@dataclass(frozen=True)
-class Base:
-    """A language-and-vision model as the bridge needs it.
-
-    `image_tokens` placeholders stand for one image of `image_size` × `image_size` pixels. `fingerprint` tells two
-    bases of one name apart.
-    """
-
-    name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    image_token: str
-    region_token: str
-    image_tokens: int
-    image_size: int
-    fingerprint: str
-
-    @property
-    def region_token_id(self) -> int:
-        return self.tokenizer.convert_tokens_to_ids(self.region_token)
-
-
-def load_base(name: str = "embedded") -> Base:
-    """Load "embedded", "tiny" (random, for tests), or a folder or hub id of an image-text-to-text model, in float32.
+def load_base(name: str = "embedded", four_bit: bool = False) -> Base:
+    """Load "embedded", "tiny" (random, for tests), or a folder or hub id of an image-text-to-text model, in float32 or
+    with `four_bit` weights (QLoRA: a GPU and bitsandbytes).
 
     Raises:
-        BaseModelError: the package with the weights is missing, or nothing can be loaded under that name.
+        BaseModelError: the package with the weights is missing, or nothing usable can be loaded under that name.
     """
+    if four_bit and name in ("embedded", "tiny"):
+        raise BaseModelError(f"base model {name!r} is small and has no 4-bit weights; set four_bit=false")
     if name == "embedded":
         language = LlamaForCausalLM.from_pretrained(smollm2_dir())
         tokenizer = AutoTokenizer.from_pretrained(smollm2_dir(), padding_side="left")
@@ -85,11 +62,14 @@ def load_base(name: str = "embedded") -> Base:
     if name == "tiny":
         return tiny_base()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32)
+        config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise BaseModelError(f"base model {name!r} cannot be loaded ({reason}); use 'embedded' or a folder") from error
+    if not isinstance(getattr(config, "vision_config", None), EfficientNetLiteConfig):
+        return load_family(name, config, four_bit)
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32)
     return _describe(name, model, tokenizer, tokenizer.convert_ids_to_tokens(model.config.image_token_id))
 
 

@@ -1,12 +1,11 @@
 """The gallery: one self-contained page with the tables and the cases, right and wrong alike.
 
-Python prepares data, `gallery.html` holds style and script; the data is one JSON block, and the script sets all text
-as text, never as markup. With tables it is the page of a demo run on the generated brain set; without, of one image of
-the user's own, about which nothing generated is said.
+Python prepares data, `gallery.html` holds style and script, `eval/html.py` what it shares with the page of scores. With
+tables it is the page of a demo run on the generated brain set; without, of one image of the user's own, about which
+nothing generated is said.
 """
 
 import base64
-import json
 import math
 import re
 from collections import Counter
@@ -16,22 +15,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import contourpy
 import numpy as np
-from matplotlib.path import Path as Polygon
-from pycocotools import mask as rle
 
 from configs import write_atomic
 from downstream.citations import CITATION
 from eval.findings import Finding, kind_names, parse_findings
+from eval.html import contour, self_contained
 from grounding.labels import LabelTree, load_label_tree, split_negation
 from grounding.types import RegionSet
 
 NOTICE = "Research use only; not a medical device."
 GENERATED = "Generated lesions on template MRI slices."
 UNDEFINED = "undefined"
-DATA_MARK = "{{data}}"
-SIMPLIFY = 0.35  # pixels that a drawn contour may leave the mask's by
 
 # Letters at the image's left and right edge, by plane. Sagittal: anterior and posterior.
 EDGES = {"axial": ("R", "L"), "coronal": ("R", "L"), "sagittal": ("A", "P")}
@@ -78,10 +73,8 @@ def write_gallery(path: Path, scores: dict, cases: Sequence[Case], notes: Sequen
         "run": list(_facts(scores.get("run", {}))),
         "cases": [_case(case, reader, BRAIN_PLANE if demo else NIFTI_PLANE) for case in cases],
     }
-    # No "<" in the block: neither "</script" nor "<!--" can end it.
-    block = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    page = resources.files("downstream").joinpath("gallery.html").read_text(encoding="utf-8")
-    write_atomic(Path(path), page.replace(DATA_MARK, block))
+    template = resources.files("downstream").joinpath("gallery.html").read_text(encoding="utf-8")
+    write_atomic(Path(path), self_contained(template, data))
 
 
 # --- tables and facts
@@ -154,6 +147,7 @@ class Drawing:
             _key(regions, k): contour(mask)
             for regions in (case.truth, case.found)
             for k, mask in enumerate(regions.masks or ())
+            if mask is not None
         }
         self.found = {_key(case.found, k) for k in range(len(case.found))}
         self.views.append({"regions": self.add(case.found), "found": True, "uses": []})
@@ -196,18 +190,6 @@ class Drawing:
 
 def _key(regions: RegionSet, k: int) -> tuple:
     return regions.labels[k], tuple(round(float(v), 4) for v in regions.boxes[k])
-
-
-def contour(mask: dict) -> str:
-    """The outlines of a COCO RLE mask as an SVG path in its pixels, corner of the first pixel at (0, 0)."""
-    inside = np.pad(rle.decode(mask), 1)
-    outlines = []
-    for line in contourpy.contour_generator(z=inside).lines(0.5):
-        polygon = Polygon(line - 0.5)  # one pixel of padding, and pixel centres at 0.5
-        polygon.should_simplify, polygon.simplify_threshold = True, SIMPLIFY
-        points = polygon.cleaned(simplify=True).vertices[:-1]  # the last one is matplotlib's stop mark
-        outlines.append("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) + "Z")
-    return "".join(outlines)
 
 
 def _case(case: Case, reader: Reader, plane: re.Pattern[str]) -> dict[str, Any]:

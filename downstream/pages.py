@@ -82,7 +82,7 @@ def _question(question, by_id: dict[str, dict[str, Prediction]]) -> dict[str, An
     answers = {}
     for name, rows in by_id.items():
         row = rows[question.sample_id]
-        right, _ = judge(row.prediction, [question.answer])
+        right, _ = judge(row.prediction, [question.answer], modality=question.modality)
         answers[name] = {"text": row.prediction, "right": right, "evidence": _evidence(row)}
     shown = {key: getattr(question, key) for key in ("question", "question_type", "needs")}
     return {**shown, "reference": question.answer, "answers": answers}

@@ -13,17 +13,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from bridges.region_vlm import RegionVLM, checkpoint_hash, read_checkpoint
+from bridges.region_vlm import CheckpointError, RegionVLM, checkpoint_hash, read_checkpoint
 from bridges.routes import labels_in
 from configs import load_config, save_run_info
+from downstream.base import Base, BaseModelError
 from downstream.citations import found_slots, split_report
 from downstream.data import Sample, extent_mm, image_of, pixels_of, question_of
-from downstream.embedded import Base, BaseModelError, load_base
+from downstream.embedded import load_base
 from downstream.prompts import Prompt, build_prompt, collate
 from downstream.samples import Prediction, ReportSample, VQASample, read_questions, read_reports, write_samples
 from downstream.sources import FEATURES, RegionSource, open_source, read_table
@@ -71,6 +73,7 @@ class Answerer:
     k: int
     max_answer: int
     hash: str
+    names: bool = False
 
     def prompt(
         self,
@@ -79,16 +82,21 @@ class Answerer:
         image_id: str,
         extent: tuple[float, float] | None,
         modality: str | None = None,
+        images: Sequence[np.ndarray] = (),
     ) -> Prompt:
         """The prompt for a question about an image, with the regions that `source` has for it."""
         slots = source.slots(image_id, labels_in(question, self.tree, modality), self.tree, self.k)
-        return build_prompt(self.base, question, slots, self.route, self.tree, extent)
+        return build_prompt(self.base, question, slots, self.route, self.tree, extent, images=images, names=self.names)
 
-    def generate(self, pixel_values: torch.Tensor, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
-        """pixel_values (B, 3, S, S) and B prompts → B texts."""
+    def generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, pixel_values: torch.Tensor | None = None
+    ) -> list[str]:
+        """B prompts → B texts. `pixel_values` (B, 3, S, S): for prompts of the embedded model without their images."""
         device = next(self.vlm.projector.parameters()).device
         batch = collate(prompts, self.base.tokenizer.pad_token_id).to(device)
-        tokens = self.vlm.generate(batch.slots, max_new_tokens, pixel_values=pixel_values.to(device), **batch.inputs)
+        if pixel_values is not None:
+            batch.inputs["pixel_values"] = pixel_values.to(device)
+        tokens = self.vlm.generate(batch.slots, max_new_tokens, **batch.inputs)
         return [text.strip() for text in self.base.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
@@ -106,24 +114,33 @@ def load_answerer(checkpoint: str | Path) -> Answerer:
     Raises CheckpointError or BaseModelError where one of them cannot be used.
     """
     config, settings = read_checkpoint(checkpoint)
-    base = load_base(config.base)
+    base = load_base(config.base, config.four_bit)
     vlm = RegionVLM.load(checkpoint, base.model, base.fingerprint)
+    if config.region_token_id != base.region_token_id:
+        raise CheckpointError(
+            f"{checkpoint}: trained with region token {config.region_token_id}, but base model {config.base!r} has "
+            f"{base.region_token!r} at {base.region_token_id}; take the tokenizer that it was trained with"
+        )
     parts = {name: settings[name] for name in ("route", "k", "max_answer")}
+    parts["names"] = settings.get("names", False)  # checkpoints written before there was a choice have none
     return Answerer(vlm, base, load_label_tree(), hash=checkpoint_hash(checkpoint), **parts)
 
 
 def answer(
     answerer: Answerer,
-    pixel_values: torch.Tensor,
+    image: np.ndarray | torch.Tensor,
     source: RegionSource,
     image_id: str,
     question: str,
     extent: tuple[float, float] | None = None,
     modality: str | None = None,
 ) -> Answer:
-    """One question, or `prompts.REPORT_QUESTION`, about one image (3, S, S). Raises ValueError if it is empty."""
-    prompt = answerer.prompt(question, source, image_id, extent, modality)
-    return Answer(answerer.generate(pixel_values[None], [prompt], answerer.max_answer)[0], prompt.slots)
+    """One question, or `prompts.REPORT_QUESTION`, about one image, uint8 (H, W) or (H, W, 3); for the embedded model
+    also what `to_pixel_values` makes of it, a tensor (3, S, S). Raises ValueError for an empty question."""
+    pixel_values = image[None] if isinstance(image, torch.Tensor) else None
+    images = [] if isinstance(image, torch.Tensor) else [image]
+    prompt = answerer.prompt(question, source, image_id, extent, modality, images)
+    return Answer(answerer.generate([prompt], answerer.max_answer, pixel_values)[0], prompt.slots)
 
 
 def predict(
@@ -141,12 +158,18 @@ def predict(
     for indices in _batches(samples, batch_size):
         records = [store.by_id(image_of(samples[i])) for i in indices]
         prompts = [
-            answerer.prompt(question_of(samples[i]), source, record.image_id, extent_mm(record), record.modality)
+            answerer.prompt(
+                question_of(samples[i]),
+                source,
+                record.image_id,
+                extent_mm(record),
+                record.modality,
+                [pixels_of(record)],
+            )
             for i, record in zip(indices, records, strict=True)
         ]
-        pixels = torch.stack([pixels_of(record, answerer.base) for record in records])
         is_report = isinstance(samples[indices[0]], ReportSample)
-        texts = answerer.generate(pixels, prompts, answerer.max_answer if is_report else LONGEST_ANSWER)
+        texts = answerer.generate(prompts, answerer.max_answer if is_report else LONGEST_ANSWER)
         for i, record, prompt, text in zip(indices, records, prompts, texts, strict=True):
             size = record.regions.image_size
             results[i] = _prediction(samples[i], text, prompt.slots, size, source.table.detector, answerer.hash)

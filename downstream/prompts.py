@@ -1,18 +1,20 @@
 """Samples → prompts → batches. One layout serves training and prediction.
 
-A prompt is the model's chat template around: image placeholders, K region slots, the question. Routes `none` and
-`tokens` have the same K slots, so the same length; a slot without a region has attention 0 and takes no position, so
-that it changes nothing. Route `text` writes the regions out instead.
+A prompt is the model's chat template around: images, K region slots, the question (see `Base.encode`). Routes `none`
+and `tokens` have the same K slots, so the same length; a slot without a region has attention 0 and takes no position,
+so that it changes nothing. With `names` each region's token is followed by its name and size in words. Route `text`
+writes the regions out instead.
 Dimension key: B prompts, T tokens (left-padded), K region slots, A answer tokens (end token included).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
-from bridges.routes import empty, regions_as_text
-from downstream.embedded import Base
+from bridges.routes import empty, region_name, regions_as_text
+from downstream.base import Base, stack_images
 from downstream.samples import ReportSample
 from grounding.labels import LabelTree
 from grounding.types import RegionTokens, stack_region_tokens
@@ -24,28 +26,35 @@ IGNORED = -100  # label of tokens that the loss leaves out
 
 @dataclass(frozen=True)
 class Prompt:
-    """One tokenised prompt. `slots`: its K region slots (a batch of one; K = 0 for route `text`)."""
+    """One tokenised prompt. `slots`: its K region slots (a batch of one; K = 0 for route `text`). `token_types` and
+    `images`: see `downstream.base.Encoded`; the former with the answer's tokens."""
 
     input_ids: list[int]
     attention_mask: list[int]
     answer_ids: list[int]
     slots: RegionTokens
+    token_types: dict[str, list[int]] = field(default_factory=dict)
+    images: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`inputs`: `input_ids`, `attention_mask`, `position_ids` (B, T) int64. `labels` (B, A) int64 of the last A tokens,
-    IGNORED where a row's answer is shorter; A = 0 without answers. `slots`: (B, K) regions."""
+    """`inputs`: `input_ids`, `attention_mask`, `position_ids` (B, T) int64, and what the model takes beside them: token
+    types (B, T), `pixel_values` … of the images. `keep` (A,): the positions that predict answer tokens, and `labels`
+    (B, A) int64 what they should, IGNORED where a row has none; A = 0 without answers. `part` (B, A): which of a row's
+    questions a label belongs to (see `downstream.packing`). `slots`: (B, K) regions."""
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
     slots: RegionTokens
+    keep: torch.Tensor
+    part: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         slots = replace(self.slots, **{name: getattr(self.slots, name).to(device) for name in RegionTokens.TENSORS})
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return Batch(inputs, self.labels.to(device), slots)
+        return Batch(inputs, self.labels.to(device), slots, self.keep.to(device), self.part.to(device))
 
 
 def report_text(report: ReportSample) -> str | None:
@@ -63,9 +72,12 @@ def build_prompt(
     extent_mm: tuple[float, float] | None = None,
     answer: str | None = None,
     max_answer: int = 128,
+    images: Sequence[np.ndarray] = (),
+    names: bool = False,
 ) -> Prompt:
     """Tokenise one question about one image whose picked regions are `slots`, a batch of one (see `routes.pick`).
 
+    `images`: uint8 (H, W) or (H, W, 3), as they are, one or several; only the embedded model's may be left out.
     Raises ValueError for an empty question, or an answer of more than `max_answer` tokens with its end token.
     """
     if not question.strip():
@@ -78,17 +90,29 @@ def build_prompt(
     elif route == "none":
         slots = empty(slots)
     k = slots.valid.shape[1]
-    content = base.image_token * base.image_tokens + base.region_token * k + text
-    chat = [{"role": "user", "content": content}]
-    rendered = base.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    input_ids = base.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    if names and route != "text":
+        encoded = base.encode(_named(slots, base, tree, extent_mm) + text, 0, images)
+    else:
+        encoded = base.encode(text, k, images)
+    input_ids = encoded.input_ids
     # The model reads answers without surrounding blanks, so that is how they are trained.
     answer_ids = [] if answer is None else _answer_ids(base, answer.strip(), max_answer)
     mask = [1] * (len(input_ids) + len(answer_ids))
     if k:
-        first = input_ids.index(base.region_token_id)
-        mask[first : first + k] = slots.valid[0].long().tolist()
-    return Prompt(input_ids + answer_ids, mask, answer_ids, slots)
+        places = [t for t, token in enumerate(input_ids) if token == base.region_token_id]
+        for t, valid in zip(places, slots.valid[0].tolist(), strict=True):
+            mask[t] = int(valid)
+    types = {name: row + [base.answer_type] * len(answer_ids) for name, row in encoded.token_types.items()}
+    return Prompt(input_ids + answer_ids, mask, answer_ids, slots, types, encoded.images)
+
+
+def _named(slots: RegionTokens, base: Base, tree: LabelTree, extent_mm: tuple[float, float] | None) -> str:
+    """The placeholders of all slots, each region's with its name behind it."""
+    text = ""
+    for i, valid in enumerate(slots.valid[0].tolist()):
+        name = _without_special(region_name(slots, i, tree, extent_mm), base) if valid else ""
+        text += base.region_token + (f"{name}; " if name else "")
+    return text
 
 
 def collate(prompts: Sequence[Prompt], pad_token_id: int) -> Batch:
@@ -100,14 +124,22 @@ def collate(prompts: Sequence[Prompt], pad_token_id: int) -> Batch:
         return torch.tensor([[value] * (length - len(row)) + row for row in rows], dtype=torch.long)
 
     attention_mask = left([prompt.attention_mask for prompt in prompts], 0, longest)
+    types = {
+        name: left([prompt.token_types[name] for prompt in prompts], 0, longest) for name in prompts[0].token_types
+    }
+    labels = left([prompt.answer_ids for prompt in prompts], IGNORED, answer)
     return Batch(
         inputs={
             "input_ids": left([prompt.input_ids for prompt in prompts], pad_token_id, longest),
             "attention_mask": attention_mask,
             "position_ids": positions(attention_mask),
+            **types,
+            **stack_images([prompt.images for prompt in prompts]),
         },
-        labels=left([prompt.answer_ids for prompt in prompts], IGNORED, answer),
+        labels=labels,
         slots=stack_region_tokens([prompt.slots for prompt in prompts]),
+        keep=torch.arange(longest - answer - 1, longest - 1),
+        part=torch.zeros_like(labels),
     )
 
 
@@ -126,7 +158,8 @@ def _answer_ids(base: Base, answer: str, max_answer: int) -> list[int]:
 def _without_special(text: str, base: Base) -> str:
     """`text` without strings that the tokenizer would read as control tokens or placeholders."""
     for token in base.tokenizer.added_tokens_decoder.values():
-        text = text.replace(token.content, " ")
+        if token.content.strip():  # Gemma's runs of blanks and line ends are tokens of their own
+            text = text.replace(token.content, " ")
     return text.strip()
 
 

@@ -22,11 +22,12 @@ from tqdm import tqdm
 from transformers.integrations import unset_hf_deepspeed_config
 
 from bridges.projector import ProjectorConfig
-from bridges.region_vlm import BridgeConfig, RegionVLM, embedding_scale
+from bridges.region_vlm import LORA_KINDS, LORA_TARGETS, BridgeConfig, RegionVLM, embedding_scale
 from bridges.routes import ROUTES
 from configs import load_config, save_run_info
+from downstream.base import Base, BaseModelError
 from downstream.data import TrainingData
-from downstream.embedded import Base, BaseModelError, load_base
+from downstream.embedded import load_base
 from downstream.prompts import IGNORED, Batch
 from downstream.sources import TokenTable, read_table
 from grounding.audit import check_forbidden
@@ -44,9 +45,14 @@ class TrainConfig:
     A sample gets its annotated regions with probability `annotated_share`, else the predicted ones; none at all with
     `region_dropout`; their features are zeroed with `feature_dropout`, so that both controls are familiar at the test.
     Of `steps`, the first `align_steps` train lists of regions (see `TrainingData`), the others questions and reports.
-    `batch_size` is a process's. `limit`: that many questions and reports at most. `forbid`: region stores that must
-    have nothing in common with data/store. `lr` is LoRA's, `bridge_lr` that of the two projectors. `precision`: fp32,
+    `batch_size` is a process's, in rows; a row holds up to `pack` questions and reports of one image. `names`: regions
+    stand in a prompt with their names (see `downstream.prompts`). `limit`: that many questions and
+    reports at most. `forbid`: region stores that must have nothing in common with data/store. `lr` is LoRA's,
+    `bridge_lr` that of the two projectors. `precision`: fp32,
     bf16 (products in bfloat16; all weights stay float32), or auto, which takes bf16 where the hardware is faster at it.
+    `base`: "embedded", or a folder or hub id of an image-text-to-text model of transformers. `lora_kind`,
+    `lora_targets` (names of linear layers) and `four_bit` (QLoRA): see `BridgeConfig`. `checkpointing`: activations are
+    computed again in the backward pass, for less memory.
     """
 
     data: Path
@@ -59,6 +65,8 @@ class TrainConfig:
     steps: int = 400
     align_steps: int = 130
     batch_size: int = 8
+    pack: int = 1
+    names: bool = False
     lr: float = 1e-3
     bridge_lr: float = 2e-3
     weight_decay: float = 0.01
@@ -67,6 +75,10 @@ class TrainConfig:
     seed: int = 0
     lora_r: int = 16
     lora_layers: int | None = None
+    lora_kind: str = "lora"
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+    four_bit: bool = False
+    checkpointing: bool = False
     max_answer: int = 160
     annotated_share: float = 0.5
     region_dropout: float = 0.1
@@ -82,27 +94,30 @@ class TrainConfig:
             raise ValueError(f"route={self.route!r}; known: {', '.join(ROUTES)}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}; known: {', '.join(PRECISIONS)}")
-        if min(self.steps, self.batch_size, self.k, self.max_answer) < 1:
-            raise ValueError("steps, batch_size, k and max_answer must be positive")
+        if self.lora_kind not in LORA_KINDS:
+            raise ValueError(f"lora_kind={self.lora_kind!r}; known: {', '.join(LORA_KINDS)}")
+        if min(self.steps, self.batch_size, self.pack, self.k, self.max_answer) < 1:
+            raise ValueError("steps, batch_size, pack, k and max_answer must be positive")
 
 
-def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """logits (B, A, V) and labels (B, A) → mean over samples of the mean over each one's answer tokens.
+def answer_loss(logits: torch.Tensor, labels: torch.Tensor, part: torch.Tensor | None = None) -> torch.Tensor:
+    """logits (B, A, V) and labels (B, A) → mean over samples of the mean over each one's answer tokens. A sample is a
+    row, or of a packed row the labels with one value of `part` (B, A).
 
     A sample counts as one whatever its length, so that two batches of 4 weigh the same as one of 8.
     """
     counted = labels != IGNORED
     losses = torch.nn.functional.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
-    weights = (counted / counted.sum(1, keepdim=True))[counted]
-    return (losses * weights).sum() / len(labels)
+    row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
+    own = torch.stack([row, torch.zeros_like(row) if part is None else part], -1)[counted]
+    _, sample, length = own.unique(dim=0, return_inverse=True, return_counts=True)
+    return (losses * (1 / length)[sample]).sum() / len(length)
 
 
-def step_loss(vlm: torch.nn.Module, pixels: torch.Tensor, batch: Batch) -> torch.Tensor:
+def step_loss(vlm: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Loss of one batch. Only the positions that predict an answer token go through the output layer, to save time."""
-    length, answer = batch.inputs["input_ids"].shape[1], batch.labels.shape[1]
-    keep = torch.arange(length - answer - 1, length - 1, device=pixels.device)
-    out = vlm(batch.slots, **batch.inputs, pixel_values=pixels, logits_to_keep=keep, use_cache=False)
-    return answer_loss(out.logits, batch.labels)
+    out = vlm(batch.slots, **batch.inputs, logits_to_keep=batch.keep, use_cache=False)
+    return answer_loss(out.logits, batch.labels, batch.part)
 
 
 def _leave_out_frozen(models: list[torch.nn.Module], weights: list[dict], folder: str) -> None:
@@ -158,10 +173,20 @@ def build_vlm(config: TrainConfig, base: Base, tree: LabelTree, table: TokenTabl
         scale=embedding_scale(base.model),
         slots=max(32, config.k),
     )
-    vlm = RegionVLM(
-        base.model,
-        BridgeConfig(base.name, base.fingerprint, base.region_token_id, projector, config.lora_r, config.lora_layers),
+    bridge = BridgeConfig(
+        base.name,
+        base.fingerprint,
+        base.region_token_id,
+        projector,
+        config.lora_r,
+        config.lora_layers,
+        config.lora_kind,
+        config.lora_targets,
+        config.four_bit,
     )
+    vlm = RegionVLM(base.model, bridge)
+    if config.checkpointing:
+        vlm.gradient_checkpointing()
     vlm.projector.fit(table.tokens, label_words(base, tree, table.tokens))
     return vlm
 
@@ -181,7 +206,7 @@ def fit(accelerator: Accelerator, config: TrainConfig) -> None:
     # the scale of its embeddings); ZeRO-3 splits it in `prepare`.
     unset_hf_deepspeed_config()
     with accelerator.main_process_first():
-        base = load_base(config.base)
+        base = load_base(config.base, config.four_bit)
     tables = {"predicted": read_table(config.predicted), "annotated": read_table(config.annotated)}
     tree = load_label_tree()
     data = TrainingData(config, base, tree, tables)
@@ -205,11 +230,11 @@ def fit(accelerator: Accelerator, config: TrainConfig) -> None:
         began = time.perf_counter()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * learning_rate(step, config.steps, config.warmup)
-        pixels, batch = data.batch(step, world, rank)
-        lengths += batch.inputs["attention_mask"].sum(1).tolist()
-        pixels, batch = pixels.to(accelerator.device), batch.to(accelerator.device)
+        batch = data.batch(step, world, rank)
+        lengths += (batch.inputs["input_ids"] != base.tokenizer.pad_token_id).sum(1).tolist()
+        batch = batch.to(accelerator.device)
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
-            loss = step_loss(model, pixels, batch)
+            loss = step_loss(model, batch)
         if not torch.isfinite(loss):
             raise BaseModelError(f"step {step}: the loss is {loss.item()}; lower lr")
         accelerator.backward(loss)
@@ -227,7 +252,7 @@ def fit(accelerator: Accelerator, config: TrainConfig) -> None:
     bar.close()
     state = accelerator.get_state_dict(model)  # on every rank: ZeRO-3 gathers the parts
     if accelerator.is_main_process:
-        settings = {"route": config.route, "k": config.k, "max_answer": config.max_answer, "steps": config.steps}
+        settings = {name: getattr(config, name) for name in ("route", "k", "names", "max_answer", "steps")}
         vlm.save(config.out / "checkpoint", settings, state)
         tokens = {"mean": sum(lengths) / len(lengths), "max": max(lengths)} if lengths else None
         save_run_info(config, config.out, processes=world, bf16=bf16, samples=len(data.samples), tokens_attended=tokens)

@@ -71,6 +71,11 @@ def logits_of(bridge, rows) -> torch.Tensor:
         return vlm(batch.slots, pixel_values=pixels(len(rows)), **batch.inputs).logits[:, -1]
 
 
+def with_pixels(batch, images=None):
+    batch.inputs["pixel_values"] = pixels(len(batch.labels)) if images is None else images
+    return batch
+
+
 def pixels(n: int) -> torch.Tensor:
     return torch.randn(n, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
@@ -148,7 +153,7 @@ def test_every_trained_parameter_gets_a_gradient(route):
     """Zero, not None, where a batch has no regions: with several processes, None would hang."""
     vlm, base = fresh()
     batch = collate(prompts(base, [3, 0], route=route, answer="left"), base.tokenizer.pad_token_id)
-    step_loss(vlm.train(), pixels(2), batch).backward()
+    step_loss(vlm.train(), with_pixels(batch)).backward()
     trained = {name: p for name, p in vlm.named_parameters() if p.requires_grad}
     assert all(p.grad is not None for p in trained.values())
     through = any(p.grad.abs().sum() > 0 for name, p in trained.items() if name.startswith("projector."))
@@ -162,9 +167,9 @@ def test_gradients_pass_through_checkpointing():
     vlm, base = fresh()
     batch = collate(prompts(base, [3, 1], answer="left"), base.tokenizer.pad_token_id)
     plain = copy.deepcopy(vlm).train()
-    step_loss(plain, pixels(2), batch).backward()
-    vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
-    step_loss(vlm.train(), pixels(2), batch).backward()
+    step_loss(plain, with_pixels(batch)).backward()
+    vlm.gradient_checkpointing()
+    step_loss(vlm.train(), batch).backward()
     torch.testing.assert_close(vlm.projector.box.weight.grad, plain.projector.box.weight.grad)
 
 
@@ -172,9 +177,9 @@ def test_the_loss_is_over_the_answer_alone(bridge):
     vlm, base = bridge
     rows = prompts(base, [3, 2], ["Where?", "Is it large?"], answer="left")
     batch = collate(rows, base.tokenizer.pad_token_id)
-    loss = step_loss(vlm, pixels(2), batch)
+    loss = step_loss(vlm, with_pixels(batch))
     with torch.no_grad():
-        logits = vlm(batch.slots, pixel_values=pixels(2), **batch.inputs).logits.log_softmax(-1)
+        logits = vlm(batch.slots, **batch.inputs).logits.log_softmax(-1)
     answer = rows[0].answer_ids
     expected = [-logits[i, -len(answer) - 1 + j, token] for i in range(2) for j, token in enumerate(answer)]
     torch.testing.assert_close(loss, torch.stack(expected).mean())
@@ -186,7 +191,8 @@ def test_two_halves_weigh_like_the_whole(bridge):
     rows = [prompts(base, [2], answer=text)[0] for text in ("left", "a long answer", "no", "5 mm")]
 
     def loss(rows):
-        return step_loss(vlm, pixels(1).expand(len(rows), -1, -1, -1), collate(rows, base.tokenizer.pad_token_id))
+        same = pixels(1).expand(len(rows), -1, -1, -1)
+        return step_loss(vlm, with_pixels(collate(rows, base.tokenizer.pad_token_id), same))
 
     torch.testing.assert_close(loss(rows), (loss(rows[:2]) + loss(rows[2:])) / 2)
 

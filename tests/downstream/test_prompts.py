@@ -122,3 +122,15 @@ def test_samples_come_back_as_they_were(tmp_path):
     (tmp_path / "questions.jsonl").write_text('{"sample_id": "q1"}\n')
     with pytest.raises(ValueError, match=r"questions.jsonl, line 1: not a VQASample: .*image_id"):
         read_questions(tmp_path / "questions.jsonl")
+
+
+def test_names_follow_their_regions_and_nothing_follows_a_free_slot(base):
+    given = slots(LEFT, "brain/insula", missing=(RIGHT,))
+    prompt = build_prompt(base, "Where?", given, "tokens", TREE, extent_mm=(100.0, 100.0), names=True)
+    text = base.tokenizer.decode(prompt.input_ids)
+    token = base.region_token
+    assert f"{token}left insula lesion 30 mm; {token}insula; {token}no right insula lesion; {token}Where?" in text
+    attended = [m for t, m in zip(prompt.input_ids, prompt.attention_mask, strict=False) if t == base.region_token_id]
+    assert attended == [1, 1, 1, 0]
+    none = build_prompt(base, "Where?", given, "none", TREE, extent_mm=(100.0, 100.0), names=True)
+    assert "insula" not in base.tokenizer.decode(none.input_ids)
