@@ -13,8 +13,9 @@ PIP := $(BIN)/python -m pip install -c constraints.txt
 demo: .venv/.installed
 	$(BIN)/medglip demo --out runs/demo
 
+# A process a core, each with whole files, since the tests of a file share what they trained.
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 slow: .venv/.installed
 	$(BIN)/python -m pytest -m "slow or browser or multinode"

@@ -14,6 +14,7 @@ from downstream.brain_qa import describe, lesions_of
 from downstream.citations import cite, found_slots
 from downstream.packing import pack
 from downstream.prompts import LIST_QUESTION, REPORT_QUESTION, Batch, Prompt, build_prompt, collate, report_text
+from downstream.region_qa import LOOKS_FILE, read_looks
 from downstream.samples import ReportSample, VQASample, read_questions, read_reports
 from downstream.sources import RegionSource, TokenTable
 from grounding.boxes import pairwise_iou
@@ -87,18 +88,32 @@ def plan_epoch(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -
     return batches
 
 
-def list_regions(slots: RegionTokens, record: GroundingSample, tree: LabelTree) -> str:
+def described(record: GroundingSample, looks: Mapping[str, Sequence[str]] | None) -> dict[int, str]:
+    """Index of an annotated finding → its size and looks: of `looks` (image_id → a text a region, as `read_looks` gives
+    them), and without it from the masks and attributes of the regions themselves."""
+    if looks is not None:
+        return {k: text for k, text in enumerate(looks.get(record.image_id, ())) if text}
+    return {lesion.index: describe(lesion) for lesion in lesions_of(record.regions, record.spacing)}
+
+
+def list_regions(
+    slots: RegionTokens,
+    record: GroundingSample,
+    tree: LabelTree,
+    looks: Mapping[str, Sequence[str]] | None = None,
+) -> str:
     """The answer to `LIST_QUESTION`: the first regions of a prompt by name, in order; of a finding that is annotated
-    (IoU at least 0.5), its size and looks as well. "none" without regions."""
-    lesions = lesions_of(record.regions, record.spacing)
-    truth = torch.from_numpy(record.regions.boxes[[lesion.index for lesion in lesions]])
+    (IoU at least 0.5), its size and looks as well. "none" without regions. looks: see `described`."""
+    texts = described(record, looks)
+    truth = torch.from_numpy(record.regions.boxes[list(texts)])
     said = []
     for k in found_slots(slots)[:LISTED]:
         label = slots.labels[0][k]
         name = tree.phrase(label) if label in tree.nodes else label
         overlap = pairwise_iou(slots.boxes[0][[k]], truth)[0]
-        if label in tree.nodes and tree.is_finding(label) and len(truth) and overlap.max() >= 0.5:
-            name += f", {describe(lesions[int(overlap.argmax())])}"
+        is_finding = label not in tree.nodes or tree.is_finding(label)
+        if is_finding and len(truth) and overlap.max() >= 0.5:
+            name += f", {list(texts.values())[int(overlap.argmax())]}"
         said.append(name)
     return "; ".join(said) or "none"
 
@@ -114,6 +129,8 @@ class TrainingData:
     def __init__(self, config: DataConfig, base: Base, tree: LabelTree, tables: Mapping[str, TokenTable]):
         self.config, self.base, self.tree, self.tables = config, base, tree, tables
         self.store = open_store(config.data / "store")
+        looks = config.data / LOOKS_FILE  # beside questions that were made from regions
+        self.looks = read_looks(looks) if looks.exists() else None
         reports = [report for report in read_reports(config.data / "reports.jsonl") if report_text(report)]
         self.samples: list[Sample] = [
             *read_questions(config.data / "questions.jsonl")[: config.limit],
@@ -146,13 +163,13 @@ class TrainingData:
         config, record = self.config, self.store.by_id(image_id)
         source, mine, named = self._source(rng), list[Sample](), frozenset[str]()
         for sample in rng.sample(self.of_image[image_id], len(self.of_image[image_id])):
-            wanted = named | labels_in(question_of(sample), self.tree, record.modality)
+            wanted = named | labels_in(question_of(sample), self.tree, record.modality or None)
             if len(mine) < config.pack and (not mine or len(wanted) <= config.k // 2):
                 mine, named = [*mine, sample], wanted
         slots = source.slots(image_id, named, self.tree, config.k)
         asked = [(question_of(sample), self._answer(sample, slots)) for sample in mine]
         if listed:
-            asked.append((LIST_QUESTION, list_regions(slots, record, self.tree)))
+            asked.append((LIST_QUESTION, list_regions(slots, record, self.tree, self.looks)))
         pixels = pixels_of(record)
         return [self._prompt(question, slots, record, answer, pixels) for question, answer in asked]
 
@@ -173,7 +190,7 @@ class TrainingData:
         for image_id in rng.choices(self.store.image_ids, k=config.batch_size):
             source = RegionSource(self.tables["annotated" if rng.random() < config.annotated_share else "predicted"])
             slots, record = source.slots(image_id, frozenset(), self.tree, config.k), self.store.by_id(image_id)
-            answer = list_regions(slots, record, self.tree)
+            answer = list_regions(slots, record, self.tree, self.looks)
             yield self._prompt(LIST_QUESTION, slots, record, answer)
 
     def _examples(self, number: int) -> Iterator[Prompt]:
@@ -197,5 +214,5 @@ class TrainingData:
     def _example(self, sample: Sample, rng: random.Random) -> Prompt:
         config, image_id, question = self.config, image_of(sample), question_of(sample)
         source, record = self._source(rng), self.store.by_id(image_id)
-        slots = source.slots(image_id, labels_in(question, self.tree, record.modality), self.tree, config.k)
+        slots = source.slots(image_id, labels_in(question, self.tree, record.modality or None), self.tree, config.k)
         return self._prompt(question, slots, record, self._answer(sample, slots))

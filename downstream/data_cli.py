@@ -1,4 +1,4 @@
-"""``medglip data build | stats | card | audit``."""
+"""``medglip data build | questions | regionqa | split | export | import | stats | card | audit``."""
 
 import argparse
 import json
@@ -7,6 +7,8 @@ from pathlib import Path
 
 EXAMPLES = {
     "build": "medglip data build --source bccd:data/bccd --source 'coco:data/ct?modality=ct' --out store",
+    "questions": "medglip data questions --source vqa-rad:data/vqa-rad --split image --out data/vqa-rad-qa",
+    "regionqa": "medglip data regionqa store --out regionqa --per-image 8",
     "split": "medglip data split store --share train=0.8 --share val=0.2 --out splits",
     "export": "medglip data export store s3://bucket/store",
     "import": "medglip data import hf://datasets/me/store --out store",
@@ -14,6 +16,10 @@ EXAMPLES = {
     "card": "medglip data card store --out CARD.md",
     "audit": "medglip data audit train_store test_store --questions testset.json --images vqa_images",
 }
+
+QUESTION_LAYOUTS = (  # of downstream.question_build, whose import takes a second
+    "vqa-rad, slake, path-vqa, vqa-med, pmc-vqa, omnimedvqa, csv, iu-xray, mimic-cxr, chexpert-plus, padchest-gr, jsonl"
+)
 
 
 def add_commands(commands: argparse._SubParsersAction, add: Callable) -> None:
@@ -24,6 +30,34 @@ def add_commands(commands: argparse._SubParsersAction, add: Callable) -> None:
     build.add_argument("--config", type=Path, help="YAML file, such as configs/data/real.yaml")
     build.add_argument("overrides", nargs="*", metavar="key=value", help="such as workers=4 embed=true max_bad=100")
     build.set_defaults(run=run_build)
+
+    questions = add(commands, "questions", "turn question and report sets into training data", EXAMPLES["questions"])
+    questions.add_argument(
+        "--source",
+        action="append",
+        required=True,
+        metavar="LAYOUT:PATH[?option=value&…]",
+        help=f"layouts: {QUESTION_LAYOUTS}; options: name, licence, and images, their folder",
+    )
+    questions.add_argument("--out", type=Path, required=True, metavar="DIR")
+    questions.add_argument(
+        "--split", metavar="SPLIT", help="train | val | test, published (each of these), or image (made, by patient)"
+    )
+    questions.add_argument("--share", action="append", metavar="NAME=SHARE", help="of --split image")
+    questions.add_argument("--seed", type=int, default=0, help="of --split image")
+    questions.add_argument("--workers", type=int, default=1, help="processes that read images")
+    questions.add_argument("--embed", action="store_true", help="image files go into the store")
+    questions.set_defaults(run=run_questions)
+
+    regionqa = add(commands, "regionqa", "make questions and reports from a store's regions", EXAMPLES["regionqa"])
+    regionqa.add_argument("store", type=Path, metavar="STORE")
+    regionqa.add_argument("--out", type=Path, required=True, metavar="DIR")
+    regionqa.add_argument(
+        "--per-image", type=int, default=8, metavar="N", help="questions an image, on the average at most (8)"
+    )
+    regionqa.add_argument("--seed", type=int, default=0)
+    regionqa.add_argument("--train", type=Path, metavar="DIR", help="what this wrote of the training part")
+    regionqa.set_defaults(run=run_regionqa)
 
     split = add(commands, "split", "split a store by patient, volume or sequence", EXAMPLES["split"])
     split.add_argument("store", type=Path, metavar="STORE")
@@ -74,12 +108,60 @@ def run_build(options: argparse.Namespace) -> None:
         ["source", "records", "images", "left out"],
         [[s["name"], *(f"{s.get(key, 0):,}" for key in ("items", "images", "skipped"))] for s in report.sources],
     )
-    for row in report.skipped[:5]:
-        print(f"left out: {row['source']}: {row['key']}: {row['why']}")
-    if len(report.skipped) > 5:
-        print(f"… and {len(report.skipped) - 5:,} more; all are in {config.out / 'skipped.jsonl'}")
+    _say_left_out(report.skipped, config.out)
     if report.unmapped:
         print(f"labels the tree does not know, kept as free phrases: {', '.join(sorted(report.unmapped)[:20])}")
+
+
+def run_questions(options: argparse.Namespace) -> None:
+    from configs import ConfigError
+    from downstream.question_build import QuestionConfig, build_questions
+
+    if options.share and options.split != "image":
+        raise ConfigError("--share is for --split image, the one split that is made here")
+    config = QuestionConfig(
+        sources=tuple(options.source),
+        out=options.out,
+        split=options.split,
+        shares=tuple(options.share or QuestionConfig.shares),
+        seed=options.seed,
+        workers=options.workers,
+        embed=options.embed,
+    )
+    report = build_questions(config)
+    names = ("questions", "reports", "images", "patients")
+    _print_table(
+        f"{config.out}",
+        [f"split: {config.split or 'none'}", *names],
+        [[part or "all", *(f"{count[name]:,}" for name in names)] for part, count in report.parts.items()],
+    )
+    _say_left_out(report.skipped, config.out)
+    if report.shared:
+        print(f"{report.shared:,} samples share a patient or image with a later one of the published parts;")
+        print("--split published leaves them out, --split image makes a split of its own")
+    if report.text_only:
+        print(f"no image is on disk, so there is no store: {config.out} holds the text alone, to score against,")
+        print("not to train on; put the images under the source, or name their folder with ?images=FOLDER")
+
+
+def run_regionqa(options: argparse.Namespace) -> None:
+    from configs import ConfigError
+    from downstream.region_qa import build_region_qa
+
+    if options.per_image < 1:
+        raise ConfigError(f"--per-image {options.per_image}: give one or more")
+    report = build_region_qa(options.store, options.out, options.seed, options.per_image, options.train)
+    lines = [
+        [modality, kind, f"{count:,}"] for modality, kinds in report["by"].items() for kind, count in kinds.items()
+    ]
+    _print_table(f"{options.out}", ["modality", "question", "count"], lines)
+
+
+def _say_left_out(skipped: list[dict[str, str]], out: Path) -> None:
+    for row in skipped[:5]:
+        print(f"left out: {row['source']}: {row['key']}: {row['why']}")
+    if len(skipped) > 5:
+        print(f"… and {len(skipped) - 5:,} more; all are in {out / 'skipped.jsonl'}")
 
 
 def run_split(options: argparse.Namespace) -> None:

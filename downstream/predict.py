@@ -163,7 +163,7 @@ def predict(
                 source,
                 record.image_id,
                 extent_mm(record),
-                record.modality,
+                record.modality or None,
                 [pixels_of(record)],
             )
             for i, record in zip(indices, records, strict=True)

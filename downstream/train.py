@@ -210,7 +210,8 @@ def fit(accelerator: Accelerator, config: TrainConfig) -> None:
     tables = {"predicted": read_table(config.predicted), "annotated": read_table(config.annotated)}
     tree = load_label_tree()
     data = TrainingData(config, base, tree, tables)
-    vlm = build_vlm(config, base, tree, tables["annotated"])
+    told = "annotated" if tables["annotated"].tokens.valid.any() else "predicted"  # question sets have no annotations
+    vlm = build_vlm(config, base, tree, tables[told])
     lora = [p for name, p in vlm.named_parameters() if "lora_" in name]
     bridge = [p for name, p in vlm.named_parameters() if p.requires_grad and "lora_" not in name]
     rates = (config.lr, config.bridge_lr)

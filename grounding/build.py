@@ -134,7 +134,7 @@ def _make_parts(sources: Sequence[Source], folder: Path, config: BuildConfig) ->
     parts, bad = [], 0
     jobs = _jobs(sources, folder, config.embed)
     with tqdm(desc="records", unit="") as bar:
-        for done in map(make_part, jobs) if config.workers == 1 else _in_processes(jobs, config.workers):
+        for done in map(make_part, jobs) if config.workers == 1 else in_processes(jobs, config.workers):
             parts.append((done.source, done.folder))
             bar.update(done.items)
             bad += done.skipped
@@ -168,7 +168,7 @@ def _jobs(sources: Sequence[Source], folder: Path, embed: bool) -> Iterator[Job]
             number += 1
 
 
-def _in_processes(jobs: Iterator[Job], workers: int) -> Iterator[Done]:
+def in_processes(jobs: Iterator[Job], workers: int) -> Iterator[Done]:
     """`make_part` of each job, in any order, with a few jobs in flight."""
     # Not a fork of this process: its threads (Arrow's, torch's) would not come along, but their locks would.
     context = multiprocessing.get_context("forkserver")
