@@ -15,6 +15,11 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that train first, since they take longest: where files are spread over cores, none waits at the end."""
+    items.sort(key=lambda item: "test_train" not in item.path.name)
+
+
 @pytest.fixture(scope="session")
 def brain_store(tmp_path_factory) -> Path:
     """24 images of the training template."""
