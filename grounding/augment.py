@@ -18,6 +18,7 @@ import numpy as np
 from pycocotools import mask as rle
 
 from grounding.labels import LabelTree, normalise
+from grounding.tiles import windows
 from grounding.types import GroundingSample, RegionSet
 
 LEAST_SHOWN = 0.4  # share of a region's box; of less, nobody can say whether the phrase still names it
@@ -143,6 +144,20 @@ def augment(
     view = draw_view(random_, pixels.shape[:2], policy, swapped is not None)
     sample = swapped if view.mirror and swapped is not None else sample
     return _seen_through(view, sample, tree), tone(random_, view.pixels(pixels), sample.modality)
+
+
+def tile(
+    sample: GroundingSample, pixels: np.ndarray, random_: random.Random, tree: LabelTree, tiles: int
+) -> tuple[GroundingSample, np.ndarray]:
+    """A window of an image, as large as `grounding.tiles` cuts them for prediction, but anywhere in it: lesions of a
+    pixel or two in the whole image are learned at the size in which they are then looked for."""
+    cuts = windows(pixels.shape[:2], tiles, 1)
+    if not cuts:
+        return sample, pixels
+    sides = cuts[0][2:]
+    corner = [random_.randint(0, whole - side) for whole, side in zip(pixels.shape[:2], sides, strict=True)]
+    view = View(pixels.shape[:2], 0, False, (*corner, *sides))
+    return _seen_through(view, sample, tree), view.pixels(pixels)
 
 
 def mirrored(

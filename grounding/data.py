@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from torch.utils.data import Dataset
 
-from grounding.augment import augment
+from grounding.augment import augment, tile
 from grounding.decode import FINDINGS, PLACES
 from grounding.images import Letterbox, read_image, to_pixel_values
 from grounding.labels import LabelTree
@@ -25,6 +25,7 @@ from grounding.store import Block, Store, StoreError
 from grounding.types import GroundingSample
 
 MASK_STRIDE = 4
+SMALL = 12  # input pixels: of findings that are mostly smaller, the head's finest level (stride 8) sees little
 VISIBLE = ("brightness", "margin", "shape", "texture")  # attributes that become phrases; others say how, when or who
 
 
@@ -133,8 +134,10 @@ class Collator:
 
     Each phrase is said in one of its ways, drawn anew for every batch, so that synonyms are learned. S is
     ``image_size``, or one of ``scales`` drawn by seed and step, the same on every rank. ``augmented``: see
-    `grounding.augment`. Without ``hierarchy`` a lesion of the left insula is no lesion; without ``partial_negatives``
-    every phrase that names nothing is taken to be absent, whether its source labels it or not.
+    `grounding.augment`. ``tiles`` > 1: every other time, an image whose findings are mostly smaller than SMALL is
+    shown in a window of the size that prediction with ``tiles`` cuts. Without ``hierarchy`` a lesion of the left insula
+    is no lesion; without ``partial_negatives`` every phrase that names nothing is taken to be absent, whether its
+    source labels it or not.
     """
 
     def __init__(
@@ -146,11 +149,12 @@ class Collator:
         *,
         scales: Sequence[int] = (),
         augmented: bool = False,
+        tiles: int = 1,
         hierarchy: bool = True,
         partial_negatives: bool = True,
     ):
         self.targets, self.tree, self.image_size = targets, tree, image_size
-        self.scales, self.augmented = tuple(scales), augmented
+        self.scales, self.augmented, self.tiles = tuple(scales), augmented, tiles
         self.hierarchy, self.partial_negatives = hierarchy, partial_negatives
         self.labels = {target.label for target in targets}
         self.narrower = narrower_pairs(targets, tree)
@@ -191,8 +195,10 @@ class Collator:
 
     def _image(self, sample: GroundingSample, step: int):
         picture = read_image(sample.image).pixels
+        drawn = random.Random(f"{self.seed}/{step}/{sample.image_id}")
+        if self.tiles > 1 and self._is_fine(sample) and drawn.random() < 0.5:
+            sample, picture = tile(sample, picture, drawn, self.tree, self.tiles)
         if self.augmented:
-            drawn = random.Random(f"{self.seed}/{step}/{sample.image_id}")
             sample, picture = augment(sample, picture, drawn, self.tree, self.labels)
         pixels, letterbox = to_pixel_values(picture, self.size(step))
         regions, size = sample.regions, letterbox.size // MASK_STRIDE
@@ -208,6 +214,14 @@ class Collator:
             "has_mask": torch.full((n,), bool(masks)),
         }
         return pixels, row, set(sample.labelled)
+
+    def _is_fine(self, sample: GroundingSample) -> bool:
+        """Whether half of the findings are smaller than SMALL in the model's input."""
+        labels, boxes = sample.regions.labels, sample.regions.boxes
+        findings = [k for k, label in enumerate(labels) if label not in self.tree.nodes or self.tree.is_finding(label)]
+        height, width = sample.regions.image_size
+        areas = (boxes[findings, 2] - boxes[findings, 0]) * (boxes[findings, 3] - boxes[findings, 1]) * height * width
+        return bool(findings) and float(np.median(areas**0.5)) * self.image_size / max(height, width) < SMALL
 
 
 def _pad(rows: torch.Tensor, n: int) -> torch.Tensor:

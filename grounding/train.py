@@ -61,7 +61,8 @@ class TrainConfig:
     Sources are mixed with ``temperature`` (`grounding.mixture`). ``forbid``: stores that must have nothing in common
     with this one. ``workers``: processes that read images ahead. ``trunk``, ``text_encoder``, ``fusion``, ``adapters``,
     ``mask_head``: `MedGLIPConfig`; ``pretrained``: the trunk's own weights. ``hierarchy``, ``partial_negatives``,
-    ``scales``, ``augment``: `grounding.data.Collator`. ``free_phrases``: labels that the tree does not know are meant.
+    ``scales``, ``augment``, ``tiles``: `grounding.data.Collator`. ``free_phrases``: labels that the tree does not know
+    are meant.
 
     ``ema``: decay of the running mean of the weights that is saved, 0 for the last weights. ``precision``: fp32, bf16
     (products in bfloat16; weights and losses stay float32), or auto, which takes bf16 where an accelerator has it.
@@ -94,6 +95,7 @@ class TrainConfig:
     scales: tuple[int, ...] = ()
     width: int = 128
     augment: bool = False
+    tiles: int = 1
     ema: float = 0.0
     precision: str = "auto"
     checkpointing: bool = False
@@ -112,8 +114,8 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self):
-        if min(self.steps, self.batch_size, self.image_size, self.calibration, self.accumulation) < 1:
-            raise ValueError("steps, batch_size, accumulation, image_size and calibration must be positive")
+        if min(self.steps, self.batch_size, self.image_size, self.calibration, self.accumulation, self.tiles) < 1:
+            raise ValueError("steps, batch_size, accumulation, image_size, calibration and tiles must be positive")
         if any(size < 32 or size % 32 for size in (self.image_size, *self.scales)):
             raise ValueError("image_size and scales: each must be a multiple of 32")
         if self.precision not in PRECISIONS:
@@ -254,6 +256,7 @@ def _loader(accelerator: Accelerator, config: TrainConfig, data: Data, tree: Lab
         config.seed,
         scales=config.scales,
         augmented=config.augment,
+        tiles=config.tiles,
         hierarchy=config.hierarchy,
         partial_negatives=config.partial_negatives,
     )
@@ -340,9 +343,9 @@ def finish(config: TrainConfig, data: Data, model_config: MedGLIPConfig, state: 
 
 
 SETTINGS = (
-    *("steps", "batch_size", "accumulation", "lr", "trunk_lr", "weight_decay", "ema", "augment", "scales", "seed"),
+    *("steps", "batch_size", "accumulation", "lr", "trunk_lr", "weight_decay", "ema", "augment", "tiles", "scales"),
     *("trunk", "pretrained", "text_encoder", "image_size", "width", "fusion", "adapters", "mask_head", "hierarchy"),
-    *("partial_negatives", "replay_share"),
+    *("partial_negatives", "replay_share", "seed"),
 )
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle
 
-from grounding.augment import POLICIES, View, augment, draw_view, mirrored, tone, twin
+from grounding.augment import POLICIES, View, augment, draw_view, mirrored, tile, tone, twin
+from grounding.data import Collator
 from grounding.labels import load_label_tree
 from grounding.model import MODALITIES
 from grounding.types import GroundingSample, RegionSet
@@ -168,3 +169,23 @@ def test_the_same_draw_gives_the_same_view():
     sample = sample_of(image, [(4, 6, 20, 18)], [LEFT])
     one, two = (augment(sample, image, random.Random("0/3/a"), TREE, EVERY) for _ in range(2))
     assert (one[1] == two[1]).all() and (one[0].regions.boxes == two[0].regions.boxes).all()
+
+
+def test_a_tile_shows_lesions_larger_and_leaves_out_what_it_does_not_show():
+    box = (100, 60, 106, 66)
+    sample = sample_of(painted(200, 400, box), [box], ["skin/skin_lesion"], "dermoscopy", ("skin/skin_lesion",))
+    seen = [tile(sample, painted(200, 400, box), random.Random(seed), TREE, tiles=4) for seed in range(40)]
+    assert {pixels.shape for _, pixels in seen} == {(124, 124)}  # as `windows` cuts: 400 / (1 + 3 * 0.75)
+    for cut, pixels in seen:
+        assert len(cut.regions) in (0, 1)
+        if len(cut.regions):
+            x1, y1, x2, y2 = (cut.regions.boxes[0] * 124).round().astype(int)
+            assert (pixels[y1:y2, x1:x2] == 200).all()
+    assert 0 < sum(len(cut.regions) for cut, _ in seen) < 40
+
+
+def test_only_images_of_small_findings_are_shown_in_tiles():
+    collate = Collator([], TREE, 320, 0, tiles=4)
+    small = sample_of(painted(200, 400, (100, 60, 106, 66)), [(100, 60, 106, 66)], ["skin/skin_lesion"])
+    large = sample_of(painted(200, 400, (100, 60, 160, 120)), [(100, 60, 160, 120)], ["skin/skin_lesion"])
+    assert collate._is_fine(small) and not collate._is_fine(large)
