@@ -22,7 +22,7 @@ from downstream.region_qa_balance import Asked, Boxed, baselines, choose
 from downstream.region_qa_card import card, counts_by
 from downstream.region_qa_looks import Measures, Thresholds, measure, thresholds_of
 from downstream.region_qa_questions import Subject, areas_of, box_of, candidates, extents_of, is_finding, nameable
-from downstream.region_qa_report import ONE_BY_ONE, region_text, report_of
+from downstream.region_qa_report import ONE_BY_ONE, region_text, report_of, where_of
 from downstream.samples import read_questions, write_samples
 from grounding.images import read_image
 from grounding.labels import LabelTree, load_label_tree
@@ -76,7 +76,7 @@ def build_region_qa(store: Path, out: Path, seed: int, per_image: int, train: Pa
 
 
 def read_looks(path: Path) -> dict[str, list[str]]:
-    """looks.jsonl: image_id → for each of its annotated regions "30 mm, round, sharp margin"; "" for a structure.
+    """looks.jsonl: image_id → for each annotated region "upper left, 30 mm, round, sharp margin"; "" for a structure.
 
     Raises ValueError naming the file and line that cannot be read.
     """
@@ -162,12 +162,13 @@ def _write(
 
 
 def _looks(image: Measured, thresholds: Thresholds, tree: LabelTree) -> dict[str, Any]:
-    said = [
-        ", ".join(region_text(image.sample, k, image.measures.get(k, {}), thresholds, tree))
-        if is_finding(label, tree)
-        else ""
-        for k, label in enumerate(image.sample.regions.labels)
-    ]
+    regions = image.sample.regions
+
+    def text(k: int) -> str:
+        looks = region_text(image.sample, k, image.measures.get(k, {}), thresholds, tree)
+        return ", ".join([where_of(regions.boxes[k]), *looks])
+
+    said = [text(k) if is_finding(label, tree) else "" for k, label in enumerate(regions.labels)]
     return {"image_id": image.sample.image_id, "looks": said}
 
 

@@ -102,13 +102,18 @@ def _several(sample: GroundingSample, rows: Sequence[int], measures, thresholds:
 
 def _described(sample: GroundingSample, index: int, measures: Measures, thresholds: Thresholds, tree: LabelTree) -> str:
     """ "lies in the upper left of the image, is 30% of the image long, darker ..., with a sharp margin"."""
-    half, quadrant = place_of(sample.regions.boxes[index])
-    where = quadrant or (f"{half} half" if half else None) or _middle(sample.regions.boxes[index])
+    where = where_of(sample.regions.boxes[index])
     size, *looks = region_text(sample, index, measures, thresholds, tree)
     edge = looks.pop() if looks and looks[-1].endswith("margin") else None
     measured = f"measures {size}" if size.endswith("mm") else f"spans {size}"
     parts = [f"lies in the {where} of the image", measured, *([f"is {_listed(looks, 'and')}"] if looks else [])]
     return _listed([*parts, *([f"has a {edge}"] if edge else [])], "and")
+
+
+def where_of(box: np.ndarray) -> str:
+    """(4,) xyxy in [0, 1] → "upper left", "left half", "middle" … of the image."""
+    half, quadrant = place_of(box)
+    return quadrant or (f"{half} half" if half else _middle(box))
 
 
 def _middle(box: np.ndarray) -> str:
