@@ -1,5 +1,5 @@
-"""Split a region store so that no patient, volume or sequence is on two sides, and each side has its share of every
-source and label."""
+"""Split a region store so that no patient, volume, sequence or picture is on two sides, and each side has its share of
+every source and label."""
 
 import hashlib
 import os
@@ -13,6 +13,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from configs import ConfigError
+from eval.leakage import audit
+from grounding.audit import SAME_PICTURE, images_of
 from grounding.store import Store, StoreWriter, open_store, replace_folder
 
 
@@ -59,16 +61,29 @@ def split_by_group(groups: Sequence[str], strata: Sequence[str], shares: dict[st
 
 
 def groups_of(store: Store) -> list[str]:
-    """What must stay together: images that a chain of common patients and studies connects."""
+    """What must stay together: images that a chain of common patients, studies and pictures connects. Pictures are
+    compared where the store was built with fingerprints."""
     patients, studies = store.column("patient_id"), store.column("study_id")
     names: dict[tuple[str, str], int] = {}
     nodes = [
         (names.setdefault(("patient", p), len(names)), names.setdefault(("study", s or p), len(names)))
         for p, s in zip(patients, studies, strict=True)
     ]
-    a, b = np.array(nodes).reshape(-1, 2).T
-    links = coo_array((np.ones(len(a)), (a, b)), (len(names), len(names)))
+    a, b = np.array(nodes, int).reshape(-1, 2).T
+    twice = np.array(_same_picture(store), int).reshape(-1, 2)
+    ends = np.concatenate([a, a[twice[:, 0]]]), np.concatenate([b, a[twice[:, 1]]])
+    links = coo_array((np.ones(len(ends[0])), ends), (len(names), len(names)))
     return connected_components(links, directed=False)[1][a].astype(str).tolist()
+
+
+def _same_picture(store: Store) -> list[tuple[int, int]]:
+    """Rows of pictures that an audit would find to be the same: public sets hold one under two names, and their patient
+    ids do not tell."""
+    if store.table.column("thumbnail").null_count:
+        return []
+    rows = {image_id: k for k, image_id in enumerate(store.image_ids)}
+    leaks = audit(images_of(store, str(store.folder)), None)
+    return [(rows[leak.id_a], rows[leak.id_b]) for leak in leaks if leak.kind in SAME_PICTURE]
 
 
 def strata_of(store: Store) -> list[str]:

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from downstream.cli import main
+from eval.fingerprint import fingerprint
 from grounding.split import groups_of, split_by_group
 from grounding.store import StoreWriter, open_store
 from grounding.types import GroundingSample, RegionSet
@@ -73,3 +75,20 @@ def test_shares_that_make_no_sense(store, share, tmp_path, capsys):
     arguments = [word for text in share for word in ("--share", text)]
     assert main(["data", "split", str(store.folder), *arguments, "--out", str(tmp_path / "x")]) == 2
     assert "medglip data: " in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_a_picture_under_two_names_is_on_one_side(tmp_path):
+    rng, written = np.random.default_rng(0), StoreWriter(tmp_path / "store")
+    for k in range(12):
+        picture = Image.fromarray(rng.integers(0, 256, (16, 16), np.uint8)).resize((96, 96), Image.Resampling.BICUBIC)
+        for name, shown in (("a", picture), ("b", picture.resize((80, 80)))):
+            image = tmp_path / f"{name}{k}.png"
+            shown.save(image)
+            regions = RegionSet(np.array([[0, 0, 0.5, 0.5]]), ["brain"], shown.size)
+            mark = fingerprint(np.asarray(shown))
+            sample = GroundingSample(image.stem, image.stem, "s", "mri", str(image), regions, ("brain",))
+            written.add(sample, mark.pixels, mark.thumbnail.tobytes())
+    written.close()
+    pictures, groups = open_store(tmp_path / "store"), groups_of(open_store(tmp_path / "store"))
+    of = dict(zip(pictures.image_ids, groups, strict=True))
+    assert len(set(groups)) == 12 and all(of[f"a{k}"] == of[f"b{k}"] for k in range(12))
