@@ -13,6 +13,7 @@ from downstream.score_cli import EXAMPLES as SCORE_EXAMPLES
 from downstream.score_cli import add_commands as add_score_commands
 
 HOME = Path("runs/demo")
+IMAGE_OR_VOLUME = "an image, or a volume: vol.nii.gz, vol.nii.gz@coronal, a folder with one DICOM series"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,13 +53,21 @@ def parser() -> argparse.ArgumentParser:
     ask = add(
         "ask", "answer a question about an image", "medglip ask slice.png 'Where is the lesion?' --out answer.json"
     )
-    ask.add_argument("image", metavar="IMAGE")
+    ask.add_argument("image", metavar="IMAGE", help=IMAGE_OR_VOLUME)
     ask.add_argument("question", metavar="QUESTION")
+    ask.add_argument(
+        "--options",
+        nargs="*",
+        metavar="ANSWER",
+        help="choose among these answers, with the probability of each; none given: those of the question",
+    )
+    ask.add_argument("--why", action="store_true", help="how probable the answer is without each region")
     ask.add_argument("--out", type=Path, help="answer and evidence as JSON")
     ask.set_defaults(run=run_ask)
 
     report = add("report", "write a report about an image", "medglip report slice.png --out report.html")
-    report.add_argument("image", metavar="IMAGE")
+    report.add_argument("image", metavar="IMAGE", help=IMAGE_OR_VOLUME)
+    report.add_argument("--sections", action="store_true", help="write findings, then the impression that follows")
     report.add_argument("--out", type=Path, help="report.html or report.json")
     report.set_defaults(run=run_report)
 
@@ -68,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
             "--checkpoint", type=Path, default=HOME, help=f"default: {HOME}, which `medglip demo` makes"
         )
     for command in (ask, report):
-        command.add_argument("--route", default="tokens", choices=("none", "text", "tokens"))
+        command.add_argument("--route", default="tokens", choices=("none", "text", "overlay", "crop", "tokens"))
         command.add_argument("--regions", type=Path, help="a regions.jsonl with one image, instead of the detector's")
 
     data = add("data", "build, count, describe and audit region stores", EXAMPLES["build"])
@@ -124,11 +133,18 @@ def run_ask(options: argparse.Namespace) -> None:
     if not options.question.strip():
         raise ValueError("empty question; ask something about the image")
     assistant = load_assistant(options.checkpoint, options.route)
-    answer, image = assistant.ask(options.image, options.question, options.modality, options.regions)
+    given = (options.modality, options.regions, options.options, options.why)
+    answer, image = assistant.ask(options.image, options.question, *given)
     print(f"\n{answer['answer']}\n")
+    for text, probability in answer.get("options", {}).items():
+        print(f"{text}: probability {probability:.2f}")
     for query in answer["asked_for"]:
         print(f"looked for {query['phrase']}: present with probability {query['presence']:.2f}")
-    _print_regions(answer["evidence"], image.pixels.shape[:2])
+    _print_regions(answer["evidence"], image.pixels.shape[:2], answer.get("tracks"))
+    if options.why:
+        from downstream.causal import why_lines
+
+        print("\n".join(why_lines(answer["why"])))
     print(answer["notice"])
     if options.out:
         write_atomic(options.out, json.dumps(answer, indent=1) + "\n")
@@ -137,19 +153,24 @@ def run_ask(options: argparse.Namespace) -> None:
 def run_report(options: argparse.Namespace) -> None:
     from configs import write_atomic
     from downstream.assistant import load_assistant
+    from downstream.decoding import GREEDY, SECTIONS, Decoding
+    from downstream.ledger import SUPPORT_NOTES, sentences_with_support
+    from grounding.labels import load_label_tree
 
     if options.out and options.out.suffix not in (".html", ".json"):
         raise ValueError(f"{options.out}: reports are written as .html or .json")
     _check_outputs(options.out)
     _check_readable(options)
-    assistant = load_assistant(options.checkpoint, options.route)
+    decoding = Decoding(sections=tuple(SECTIONS)) if options.sections else GREEDY
+    assistant = load_assistant(options.checkpoint, options.route, decoding)
     report, image = assistant.report(options.image, options.modality, options.regions)
     print()
-    for sentence in report["sentences"]:
+    rows = sentences_with_support(report["sentences"], report["evidence"], report["looked_for"], load_label_tree())
+    for sentence, row in zip(report["sentences"], rows, strict=True):
         cited = " ".join(f"[r{k}]" for k in sentence["region_ids"])
-        print(sentence["text"], cited)
+        print(*filter(None, [sentence["text"], cited, SUPPORT_NOTES[row["support"]]]))
     print()
-    _print_regions(report["evidence"], image.pixels.shape[:2])
+    _print_regions(report["evidence"], image.pixels.shape[:2], report.get("tracks"))
     print(report["notice"])
     if options.out and options.out.suffix == ".json":
         write_atomic(options.out, json.dumps(report, indent=1) + "\n")
@@ -161,9 +182,9 @@ def run_report(options: argparse.Namespace) -> None:
 
 def _check_readable(options: argparse.Namespace) -> None:
     """Reads the image before the models are loaded: a wrong path should not cost ten seconds."""
-    from grounding.images import read_image
+    from downstream.volumes import check_readable
 
-    read_image(options.image)
+    check_readable(options.image)
 
 
 def _check_outputs(*paths: Path | None) -> None:
@@ -175,15 +196,16 @@ def _check_outputs(*paths: Path | None) -> None:
             raise PermissionError(f"{path}: cannot be written; choose another file")
 
 
-def _print_regions(regions: dict, size: tuple[int, int]) -> None:
+def _print_regions(regions: dict, size: tuple[int, int], tracks: list[dict] | None = None) -> None:
     from grounding.labels import load_label_tree
 
+    spans = {row["region"]: f", slices {row['first']}-{row['last']}" for row in tracks or []}
     tree, (height, width) = load_label_tree(), size
     for k, region in enumerate(regions["regions"]):
         x1, y1, x2, y2 = region["box"]
         label = tree.phrase(region["label"]) if region["label"] in tree.nodes else region["label"]
         box = f"x {x1 * width:.0f}-{x2 * width:.0f}, y {y1 * height:.0f}-{y2 * height:.0f}"
-        print(f"  [r{k}] {label:<36} {region.get('score', 1.0):.2f}  {box}")
+        print(f"  [r{k}] {label:<36} {region.get('score', 1.0):.2f}  {box}{spans.get(k, '')}")
     if not regions["regions"]:
         print("  no region found")
 

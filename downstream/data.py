@@ -1,29 +1,36 @@
 """What a bridge is trained on, batch by batch, and how samples and images are read for it and for prediction."""
 
+import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from bridges.budget import Dropped, warn_dropped
 from bridges.routes import labels_in
 from downstream.base import Base
 from downstream.brain_qa import describe, lesions_of
-from downstream.citations import cite, found_slots
+from downstream.citations import cite, cite_answer, found_slots
+from downstream.controls import BlankImages
 from downstream.packing import pack
 from downstream.prompts import LIST_QUESTION, REPORT_QUESTION, Batch, Prompt, build_prompt, collate, report_text
 from downstream.region_qa import LOOKS_FILE, read_looks
 from downstream.samples import ReportSample, VQASample, read_questions, read_reports
-from downstream.sources import RegionSource, TokenTable
+from downstream.sources import RegionSource, TokenTable, open_source
 from grounding.boxes import pairwise_iou
 from grounding.images import read_image
 from grounding.labels import LabelTree
-from grounding.store import open_store
+from grounding.store import Store, StoreError, open_store
 from grounding.types import GroundingSample, RegionTokens
 
+log = logging.getLogger(__name__)
+
 Sample = VQASample | ReportSample
+AnswerOf = Callable[[RegionTokens], str]  # what an answer says may depend on the regions of its prompt: it cites them
 LISTED = 8  # regions of an alignment answer at most: the findings come first
 
 
@@ -38,6 +45,30 @@ def answer_of(sample: Sample) -> str:
 def image_of(sample: Sample) -> str:
     """The id of the image that is looked at: a study's first."""
     return sample.image_id if isinstance(sample, VQASample) else sample.images[0]
+
+
+def images_of(sample: Sample) -> tuple[str, ...]:
+    """The ids of all images that a sample is about: a question's one, a study's all."""
+    return (sample.image_id,) if isinstance(sample, VQASample) else sample.images
+
+
+def images_in(store: Store | BlankImages, sample: Sample) -> tuple[str, ...]:
+    """Of the images of a study those that `store` has; a question's one in any case. Raises ValueError where a study
+    has none there."""
+    ids = images_of(sample)
+    there = ids if len(ids) == 1 else tuple(image_id for image_id in ids if _has(store, image_id))
+    if not there:
+        name = sample.study_id if isinstance(sample, ReportSample) else sample.sample_id
+        raise ValueError(f"study {name!r}: none of its {len(ids)} images is in the store; add them, or take it out")
+    return there
+
+
+def _has(store: Store | BlankImages, image_id: str) -> bool:
+    try:
+        store.by_id(image_id)
+    except StoreError:
+        return False
+    return True
 
 
 def pixels_of(record: GroundingSample) -> np.ndarray:
@@ -62,6 +93,9 @@ class DataConfig(Protocol):
     batch_size: int
     pack: int
     names: bool
+    presence: bool
+    cite_answers: bool
+    source: str
     seed: int
     max_answer: int
     annotated_share: float
@@ -90,10 +124,13 @@ def plan_epoch(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -
 
 def described(record: GroundingSample, looks: Mapping[str, Sequence[str]] | None) -> dict[int, str]:
     """Index of an annotated finding → its size and looks: of `looks` (image_id → a text a region, as `read_looks` gives
-    them), and without it from the masks and attributes of the regions themselves."""
+    them), and without it from the masks and attributes of the regions themselves, where they have both."""
+    regions = record.regions
     if looks is not None:
         return {k: text for k, text in enumerate(looks.get(record.image_id, ())) if text}
-    return {lesion.index: describe(lesion) for lesion in lesions_of(record.regions, record.spacing)}
+    if regions.masks is None or regions.attributes is None or None in regions.masks:
+        return {}  # a box alone says nothing of size and looks
+    return {lesion.index: describe(lesion) for lesion in lesions_of(regions, record.spacing)}
 
 
 def list_regions(
@@ -118,17 +155,31 @@ def list_regions(
     return "; ".join(said) or "none"
 
 
+@dataclass(frozen=True)
+class _Study:
+    """What prompts about the same images share: regions that were picked for the labels `named`."""
+
+    records: list[GroundingSample]
+    pixels: list[np.ndarray]
+    slots: RegionTokens
+    image_of_slot: list[int]
+    named: frozenset[str]
+
+
 class TrainingData:
     """Questions and reports of one folder with their images and regions; `batch(number)` is the number-th of all.
 
     The first `align_steps` batches of a process name the regions of a prompt instead: an answer to a question holds a
     word or two, and a bridge would learn from thousands of them what it learns from some hundred lists. With `pack` > 1
     a row holds that many questions and reports of one image at most, and in the first `align_steps` its list as well.
+    A report is about all images of its study. Counted so far: what was left out of prompts that were too long for the
+    model (`dropped`), and the regions found that had no slot among K (`beyond_budget`).
+    Raises ValueError for a folder without samples, or a study without images.
     """
 
     def __init__(self, config: DataConfig, base: Base, tree: LabelTree, tables: Mapping[str, TokenTable]):
-        self.config, self.base, self.tree, self.tables = config, base, tree, tables
-        self.store = open_store(config.data / "store")
+        self.config, self.base, self.tree = config, base, tree
+        self.store: Store | BlankImages = open_store(config.data / "store")
         looks = config.data / LOOKS_FILE  # beside questions that were made from regions
         self.looks = read_looks(looks) if looks.exists() else None
         reports = [report for report in read_reports(config.data / "reports.jsonl") if report_text(report)]
@@ -140,9 +191,26 @@ class TrainingData:
             raise ValueError(f"{config.data}: questions.jsonl and reports.jsonl hold no sample to train on")
         self.lengths = [len(question_of(sample)) + len(answer_of(sample)) for sample in self.samples]
         self._epoch, self._plan = -1, []
-        self.of_image: dict[str, list[Sample]] = {}
-        for sample in self.samples:
-            self.of_image.setdefault(image_of(sample), []).append(sample)
+        self.images = [images_in(self.store, sample) for sample in self.samples]
+        self.of_image: dict[tuple[str, ...], list[Sample]] = {}
+        for sample, ids in zip(self.samples, self.images, strict=True):
+            self.of_image.setdefault(ids, []).append(sample)
+        self._warn_missing()
+        self.sources = {"annotated": RegionSource(tables["annotated"]), "predicted": self._open_source(tables)}
+        self.dropped, self.beyond_budget = Dropped(), 0
+
+    def _warn_missing(self) -> None:
+        missing = [len(images_of(s)) - len(ids) for s, ids in zip(self.samples, self.images, strict=True)]
+        if any(missing):
+            studies = sum(n > 0 for n in missing)
+            log.warning("%d images of %d studies are not in the store; trained without them", sum(missing), studies)
+
+    def _open_source(self, tables: Mapping[str, TokenTable]) -> RegionSource:
+        store = open_store(self.config.data / "store")
+        patients = {}
+        if self.config.source == "shuffled":  # lists are about any image of the store
+            patients = dict(zip(store.image_ids, store.column("patient_id"), strict=True))
+        return open_source(self.config.source, tables, patients, seed=self.config.seed)
 
     def batch(self, step: int, world: int = 1, rank: int = 0) -> Batch:
         """Prompts with images and answers, of one process at a step."""
@@ -155,43 +223,58 @@ class TrainingData:
     def _packs(self, number: int, listed: bool) -> list[list[Prompt]]:
         rng = random.Random(f"{self.config.seed}/packs/{number}")
         images = rng.choices(list(self.of_image), k=self.config.batch_size)
-        return [self._pack(image_id, rng, listed) for image_id in images]
+        return [self._pack(ids, rng, listed) for ids in images]
 
-    def _pack(self, image_id: str, rng: random.Random, listed: bool) -> list[Prompt]:
-        """Prompts about one image with one set of slots: half of them at most for what the questions name, so that
-        those of other questions and of reports are as at the test."""
-        config, record = self.config, self.store.by_id(image_id)
+    def _pack(self, ids: tuple[str, ...], rng: random.Random, listed: bool) -> list[Prompt]:
+        """Prompts about one image, or one study, with one set of slots: half of them at most for what the questions
+        name, so that those of other questions and of reports are as at the test."""
+        config, records = self.config, [self.store.by_id(image_id) for image_id in ids]
         source, mine, named = self._source(rng), list[Sample](), frozenset[str]()
-        for sample in rng.sample(self.of_image[image_id], len(self.of_image[image_id])):
-            wanted = named | labels_in(question_of(sample), self.tree, record.modality or None)
+        for sample in rng.sample(self.of_image[ids], len(self.of_image[ids])):
+            wanted = named | labels_in(question_of(sample), self.tree, records[0].modality or None)
             if len(mine) < config.pack and (not mine or len(wanted) <= config.k // 2):
                 mine, named = [*mine, sample], wanted
-        slots = source.slots(image_id, named, self.tree, config.k)
-        asked = [(question_of(sample), self._answer(sample, slots)) for sample in mine]
-        if listed:
-            asked.append((LIST_QUESTION, list_regions(slots, record, self.tree, self.looks)))
-        pixels = pixels_of(record)
-        return [self._prompt(question, slots, record, answer, pixels) for question, answer in asked]
+        study = self._study(records, source, named)
+        asked = [self._asked(sample, study) for sample in mine]
+        if listed and len(records) == 1:
+            asked.append(self._list(study))
+        return self._prompts(study, asked)
 
     def _source(self, rng: random.Random) -> RegionSource:
         draws = [rng.random() for _ in range(3)]  # always three, so that each route and rate sees the same samples
-        kind = "annotated" if draws[0] < self.config.annotated_share else "predicted"
+        source = self.sources["annotated" if draws[0] < self.config.annotated_share else "predicted"]
         features = "zero" if draws[2] < self.config.feature_dropout else "full"
-        return RegionSource(self.tables[kind], is_empty=draws[1] < self.config.region_dropout, features=features)
+        return replace(source, is_empty=source.is_empty or draws[1] < self.config.region_dropout, features=features)
 
-    def _answer(self, sample: Sample, slots: RegionTokens) -> str:
+    def _study(self, records: list[GroundingSample], source: RegionSource, named: frozenset[str]) -> _Study:
+        ids = [record.image_id for record in records]
+        slots, image_of_slot = source.study_slots(ids, named, self.tree, self.config.k)
+        self.beyond_budget += source.beyond_budget(ids, self.config.k)
+        return _Study(records, [pixels_of(record) for record in records], slots, image_of_slot, named)
+
+    def _asked(self, sample: Sample, study: _Study) -> tuple[str, AnswerOf]:
+        return question_of(sample), lambda slots: self._answer(sample, slots, study.records[0].modality or None)
+
+    def _list(self, study: _Study) -> tuple[str, AnswerOf]:
+        return LIST_QUESTION, lambda slots: list_regions(slots, study.records[0], self.tree, self.looks)
+
+    def _answer(self, sample: Sample, slots: RegionTokens, modality: str | None) -> str:
+        """What is to be said; with a route that tells of regions, citing those in `slots`."""
         answer = answer_of(sample)
-        if isinstance(sample, ReportSample) and self.config.route != "none" and sample.findings:
-            answer = answer.replace(sample.findings, cite(sample.findings, slots, self.tree), 1)
+        if self.config.route == "none":
+            return answer
+        if isinstance(sample, ReportSample) and sample.findings:
+            return answer.replace(sample.findings, cite(sample.findings, slots, self.tree), 1)
+        if isinstance(sample, VQASample) and self.config.cite_answers:
+            return cite_answer(answer, sample.question, slots, self.tree, modality)
         return answer
 
     def _lists(self, number: int) -> Iterator[Prompt]:
         config, rng = self.config, random.Random(f"{self.config.seed}/lists/{number}")
         for image_id in rng.choices(self.store.image_ids, k=config.batch_size):
-            source = RegionSource(self.tables["annotated" if rng.random() < config.annotated_share else "predicted"])
-            slots, record = source.slots(image_id, frozenset(), self.tree, config.k), self.store.by_id(image_id)
-            answer = list_regions(slots, record, self.tree, self.looks)
-            yield self._prompt(LIST_QUESTION, slots, record, answer)
+            source = self.sources["annotated" if rng.random() < config.annotated_share else "predicted"]
+            study = self._study([self.store.by_id(image_id)], source, frozenset())
+            yield from self._prompts(study, [self._list(study)])
 
     def _examples(self, number: int) -> Iterator[Prompt]:
         per_epoch = len(self._plan) or len(plan_epoch(self.lengths, self.config.batch_size, self.config.seed, 0))
@@ -200,19 +283,45 @@ class TrainingData:
             self._epoch = epoch
             self._plan = plan_epoch(self.lengths, self.config.batch_size, self.config.seed, epoch)
         rng = random.Random(f"{self.config.seed}/regions/{number}")
-        samples = [self.samples[i] for i in self._plan[place]]
-        yield from (self._example(sample, rng) for sample in samples)
+        for i in self._plan[place]:
+            yield from self._example(self.samples[i], self.images[i], rng)
 
-    def _prompt(
-        self, question: str, slots: RegionTokens, record: GroundingSample, answer: str, pixels: np.ndarray | None = None
-    ) -> Prompt:
-        route, longest = self.config.route, self.config.max_answer
-        images = [pixels_of(record) if pixels is None else pixels]
-        extent, names = extent_mm(record), self.config.names
-        return build_prompt(self.base, question, slots, route, self.tree, extent, answer, longest, images, names)
+    def _example(self, sample: Sample, ids: tuple[str, ...], rng: random.Random) -> list[Prompt]:
+        source, records = self._source(rng), [self.store.by_id(image_id) for image_id in ids]
+        study = self._study(records, source, labels_in(question_of(sample), self.tree, records[0].modality or None))
+        return self._prompts(study, [self._asked(sample, study)])
 
-    def _example(self, sample: Sample, rng: random.Random) -> Prompt:
-        config, image_id, question = self.config, image_of(sample), question_of(sample)
-        source, record = self._source(rng), self.store.by_id(image_id)
-        slots = source.slots(image_id, labels_in(question, self.tree, record.modality or None), self.tree, config.k)
-        return self._prompt(question, slots, record, self._answer(sample, slots))
+    def _prompts(self, study: _Study, asked: Sequence[tuple[str, AnswerOf]]) -> list[Prompt]:
+        """Prompts with the same regions, and answers that cite these: where one is too long for all regions of the
+        study, each has only those that it has room for."""
+        prompts = [self._prompt(question, study, answer(study.slots)) for question, answer in asked]
+        self._count(prompts)
+        fewest = max(prompts, key=lambda prompt: prompt.dropped.regions)
+        if not fewest.dropped.regions:
+            return prompts
+        study = replace(study, slots=fewest.regions, image_of_slot=fewest.image_of_slot)
+        return [self._prompt(question, study, answer(study.slots)) for question, answer in asked]
+
+    def _count(self, prompts: Sequence[Prompt]) -> None:
+        dropped = sum((prompt.dropped for prompt in prompts), Dropped())
+        if dropped and not self.dropped:
+            warn_dropped(dropped, len(prompts))  # once: all are counted
+        self.dropped += dropped
+
+    def _prompt(self, question: str, study: _Study, answer: str) -> Prompt:
+        config, extents = self.config, [extent_mm(record) for record in study.records]
+        return build_prompt(
+            self.base,
+            question,
+            study.slots,
+            config.route,
+            self.tree,
+            extents if len(extents) > 1 else extents[0],
+            answer,
+            config.max_answer,
+            study.pixels,
+            config.names,
+            named=study.named,
+            presence=config.presence,
+            image_of_slot=study.image_of_slot,
+        )

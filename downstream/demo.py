@@ -6,18 +6,14 @@ settings, so that a run goes on where it was stopped.
 
 import dataclasses
 import json
-import os
 import resource
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from rich.console import Console
 from tqdm import tqdm
 
 from configs import CONFIG_DIR, load_config, save_run_info, write_atomic
@@ -26,13 +22,12 @@ from downstream.predict import load_answerer, predict, read_samples
 from downstream.samples import Prediction, write_samples
 from downstream.scores import System, score_everything
 from downstream.sources import open_source, read_table
+from downstream.stages import Stages, console, launch
 from grounding.brain import brain_card, build_brain
 from grounding.detect import load_grounder
 from grounding.predict import PredictConfig, write_predictions
 from grounding.store import open_store
 from grounding.types import RegionSet, read_regions, write_regions
-
-console = Console(width=max(110, shutil.get_terminal_size().columns))
 
 
 @dataclass(frozen=True)
@@ -67,52 +62,9 @@ class DemoConfig:
         return list(dict.fromkeys(system.route for system in self.parsed))
 
 
-class Stages:
-    """Runs stages with their times; a stage whose folder says that it is complete with the same settings is reused."""
-
-    def __init__(self, out: Path, config: DemoConfig):
-        self.out, self.config = out, dataclasses.asdict(config)
-        self.seconds: dict[str, float] = {}
-
-    def run(self, name: str, title: str, settings: tuple[str, ...], work: Callable[[Path], None]) -> Path:
-        """``work(folder)`` fills ``out/name``; ``settings`` are the keys of the configuration that it depends on."""
-        folder = self.out / name
-        marker, started = folder / ".complete.json", folder / ".started.json"
-        wanted = json.dumps({key: self.config[key] for key in settings}, sort_keys=True, default=str)
-        number = len(self.seconds) + 1
-        done = json.loads(marker.read_text()) if marker.exists() else {}
-        if done.get("settings") == wanted:
-            console.print(f"[bold]{number}. {title}[/bold]: reused from {folder}")
-            self.seconds[title] = done["seconds"]
-            return folder
-        console.print(f"[bold]{number}. {title}[/bold]")
-        if folder.exists() and not (started.exists() and started.read_text() == wanted):
-            shutil.rmtree(folder)  # begun or made with other settings: nothing of it may be resumed
-        write_atomic(started, wanted)
-        began = time.perf_counter()
-        work(folder)
-        self.seconds[title] = round(time.perf_counter() - began, 1)
-        write_atomic(marker, json.dumps({"settings": wanted, "seconds": self.seconds[title]}))
-        console.print(f"   done in {self.seconds[title]:.0f} s")
-        return folder
-
-
-def launch(module: str, *arguments: str) -> None:
-    """The command that README gives for training, as a process of its own. Raises RuntimeError where it fails."""
-    accelerate = ["accelerate.commands.launch", "--config_file", str(CONFIG_DIR / "accelerate" / "cpu.yaml")]
-    threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
-    command = [sys.executable, "-m", *accelerate, "--num_cpu_threads_per_process", threads, "-m", module, *arguments]
-    shown = f"   accelerate launch --config_file configs/accelerate/cpu.yaml -m {module} {' '.join(arguments)}"
-    console.print(shown, style="dim", soft_wrap=True, highlight=False)
-    done = subprocess.run(command, env=os.environ | _quiet())
-    if done.returncode:
-        raise RuntimeError(f"{module} stopped with exit code {done.returncode}; its last lines above say why")
-
-
-def _quiet() -> dict[str, str]:
-    """No hub, and no messages of libraries between progress bars."""
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-    return quiet if torch.accelerator.is_available() else quiet | {"DS_ACCELERATOR": "cpu"}
+def chosen(config: DemoConfig, keys: Sequence[str]) -> dict[str, Any]:
+    """The settings that a stage depends on."""
+    return {key: getattr(config, key) for key in keys}
 
 
 def run(out: Path, full: bool, config_path: Path | None, overrides: list[str]) -> None:
@@ -122,19 +74,23 @@ def run(out: Path, full: bool, config_path: Path | None, overrides: list[str]) -
     systems = config.parsed
     console.print(f"Med-GLIP demo: {path.name}, seed {config.seed}, results in {out}")
     console.print("Generated lesions on slices of MRI templates. Research use only; not a medical device.\n")
-    stages = Stages(out, config)
+    stages = Stages(out)
     grounder_keys = ("train_images", "seed", "grounder_steps", "grounder_batch", "trunk")
-    region_keys = (*grounder_keys, "test_images")
     data_keys = ("train_images", "test_images", "train_questions", "train_reports", "questions", "reports", "seed")
-    bridge_keys = (*grounder_keys, *data_keys, "base", "max_answer", *(key for key in stages.config if "bridge" in key))
+    keys = [field.name for field in dataclasses.fields(config)]
+    bridge_keys = ("base", "max_answer", *(key for key in keys if "bridge" in key))
+    of_data, of_grounder = chosen(config, data_keys), chosen(config, grounder_keys)
+    of_regions = of_grounder | chosen(config, ("test_images",))
+    of_bridge = of_grounder | of_data | chosen(config, bridge_keys)
     if config.base == "embedded":
-        stages.run("weights", "Language model weights", (), lambda folder: _weights(folder))
-    data = stages.run("data", "Images, questions and reports", data_keys, lambda folder: build_data(folder, config))
-    grounder = stages.run("grounder", "Train the grounding model", grounder_keys, lambda f: _ground(f, data, config))
-    regions = stages.run("regions", "Find regions", region_keys, lambda f: _regions(f, data, grounder))
+        stages.run("weights", "Language model weights", {}, lambda folder: _weights(folder))
+    data = stages.run("data", "Images, questions and reports", of_data, lambda folder: build_data(folder, config))
+    grounder = stages.run("grounder", "Train the grounding model", of_grounder, lambda f: _ground(f, data, config))
+    regions = stages.run("regions", "Find regions", of_regions, lambda f: _regions(f, data, grounder))
     for route in config.routes:
-        stages.run(route, f"Train route {route}", bridge_keys, lambda f, r=route: _bridge(f, r, data, regions, config))
-    answers = stages.run("answers", "Answer and report", (*bridge_keys, "systems"), lambda f: _answers(f, out, config))
+        stages.run(route, f"Train route {route}", of_bridge, lambda f, r=route: _bridge(f, r, data, regions, config))
+    of_answers = of_bridge | chosen(config, ("systems",))
+    answers = stages.run("answers", "Answer and report", of_answers, lambda f: _answers(f, out, config))
     console.print("[bold]Scores[/bold]")
     facts = {"seconds": stages.seconds | {"all": round(sum(stages.seconds.values()), 1)}, **_memory()}
     scores = score_everything(data / "test", regions, answers, systems, facts, config)

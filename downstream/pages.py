@@ -1,6 +1,5 @@
 """Where the demo's results meet the eye: tables in the terminal, the gallery, and the page of one report."""
 
-import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,7 +104,7 @@ def write_report_page(path: Path, report: dict[str, Any], image: MedicalImage) -
     stream = io.BytesIO()
     Image.fromarray(np.asarray(image.pixels)).save(stream, "PNG")
     evidence = RegionSet.from_dict(report["evidence"])
-    nothing = dataclasses.replace(evidence, boxes=np.zeros((0, 4)), labels=[], scores=None, masks=None)
+    nothing = evidence.select([])
     said = {"sentences": report["sentences"], "evidence": evidence, "text": report["report"]}
     case = Case(
         Path(report["image"]).name,

@@ -24,6 +24,7 @@ from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 from configs import ConfigError, write_atomic
+from downstream.region_qa import LOOKS_FILE
 from downstream.samples import ReportSample, VQASample
 from grounding.build import PART_ITEMS, Job, in_processes, make_part
 from grounding.convert.record import Item, Regions, Skipped, finish, frame_scale, load
@@ -403,7 +404,7 @@ def _groups(rows: Sequence[Row], store: Store) -> list[str]:
 
 
 def _write(rows: Sequence[Row], store: Store, out: Path, text_only: bool) -> dict[str, int]:
-    """store, questions.jsonl and reports.jsonl of one part."""
+    """store, questions.jsonl, reports.jsonl and looks.jsonl of one part."""
     wanted = {picture.image_id for _, found in rows for picture in found.pictures}
     places = [k for k, image_id in enumerate(store.image_ids) if image_id in wanted]
     out.mkdir(parents=True, exist_ok=True)
@@ -415,6 +416,7 @@ def _write(rows: Sequence[Row], store: Store, out: Path, text_only: bool) -> dic
         lines[type(found.sample)].append(line + "\n")
     write_atomic(out / "questions.jsonl", "".join(lines[VQASample]))
     write_atomic(out / "reports.jsonl", "".join(lines[ReportSample]))
+    write_atomic(out / LOOKS_FILE, "")  # nothing is known of the looks of what is boxed, so that lists give names alone
     patients = {found.sample.patient_id for found in founds}
     counts = {"questions": len(lines[VQASample]), "reports": len(lines[ReportSample])}
     return counts | {"images": len(places), "patients": len(patients)}

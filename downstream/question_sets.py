@@ -365,14 +365,17 @@ def omni_med_vqa(root: Path, source: str, licence: str, images: str = "") -> Yie
     yield from each((row for file in files for row in rows_of(file)), make)
 
 
-def csv_questions(root: Path, source: str, licence: str, images: str = "", modality: str = "", coco: str = "") -> Yield:
+def csv_questions(
+    root: Path, source: str, licence: str, images: str = "", modality: str = "", coco: str = "", labelled: str = ""
+) -> Yield:
     """A CSV of your own: image, question, answer and, where you have them, sample_id, patient_id, modality,
     question_type, answer_type, split. `images`: the folder of the images, beside the file where it is not given.
-    `coco`: a COCO json beside the file, whose regions come into the store; it wants `modality`."""
+    `coco`: a COCO json beside the file, whose regions come into the store; it wants `modality`. `labelled`: which of
+    its categories (comma between them) were looked for in each of its images: only they are known to be absent."""
     files, folder = files_of(root, ("*.csv",))
     pictures, regions = Pictures(folder / images, source, licence), {}
     if coco:
-        for item in coco_regions(folder, source, licence, modality, coco, images, labelled=""):
+        for item in coco_regions(folder, source, licence, modality, coco, images, labelled):
             if (pictures.folder / item.key).is_file():
                 regions[(pictures.folder / item.key).resolve()] = item
             else:

@@ -84,9 +84,9 @@ def score_everything(
     hashes = {name: {"model": rows[0].model_hash, "detector": rows[0].detector_hash} for name, rows in said.items()}
     tables = [
         _grounding_table(grounding),
-        _vqa_table(vqa),
+        vqa_table(vqa),
         _tests_table("Questions: differences in accuracy, paired (exact McNemar)", tests),
-        _report_table(report),
+        report_table(report),
         _tests_table("Reports: differences in finding F1, paired (bootstrap over patients)", report_tests),
         _regions_table(grounding),
         _kinds_table(vqa),
@@ -173,11 +173,11 @@ def _compare_reports(said: dict[str, list], reports: list) -> list[dict[str, Any
     return tests
 
 
-def _span(score: Score) -> list[float] | None:
+def span(score: Score) -> list[float] | None:
     return None if score.ci95 is None else list(score.ci95)
 
 
-def _table(title: str, columns: list[str], rows: list[list], note: str = "", detail: bool = False) -> dict[str, Any]:
+def table(title: str, columns: list[str], rows: list[list], note: str = "", detail: bool = False) -> dict[str, Any]:
     """``detail``: stands in scores.json and the page, not in the terminal."""
     return {"title": title, "columns": columns, "rows": rows, "note": note, "detail": detail}
 
@@ -197,28 +197,28 @@ def _regions_table(grounding: dict[str, Any]) -> dict[str, Any]:
 def _grounding_rows(title: str, scores: dict[str, dict[str, Score]], note: str, detail: bool = False) -> dict[str, Any]:
     metrics = ("AP", "AP50", "acc@0.5", "pointing", "dice")
     rows = [
-        [name, row["acc@0.5"].n, *(row[metric].value for metric in metrics), _span(row["AP50"])]
+        [name, row["acc@0.5"].n, *(row[metric].value for metric in metrics), span(row["AP50"])]
         for name, row in scores.items()
     ]
-    return _table(title, ["", "n", *metrics, "AP50 95 %"], rows, note, detail)
+    return table(title, ["", "n", *metrics, "AP50 95 %"], rows, note, detail)
 
 
-def _vqa_table(vqa: dict[str, Any]) -> dict[str, Any]:
+def vqa_table(vqa: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for name, scores in vqa.items():
         parts = [scores["closed"], scores["open"], scores["by_needs"].get("boxes"), scores["by_needs"].get("feature")]
         overall = scores["overall"]
-        rows.append([name, overall.n, overall.value, _span(overall), *(part and part.value for part in parts)])
+        rows.append([name, overall.n, overall.value, span(overall), *(part and part.value for part in parts)])
     columns = ["system", "n", "accuracy", "95 %", "closed", "open", "boxes", "feature"]
     note = "zero: region features zeroed. boxes: boxes and labels suffice for the answer; feature: they do not."
-    return _table("Questions (accuracy, protocol strict)", columns, rows, note)
+    return table("Questions (accuracy, protocol strict)", columns, rows, note)
 
 
 def _kinds_table(vqa: dict[str, Any]) -> dict[str, Any]:
     kinds = list(next(iter(vqa.values()))["by_question_type"])
     number = [next(iter(vqa.values()))["by_question_type"][kind].n for kind in kinds]
     rows = [[name, *(s["by_question_type"][kind].value for kind in kinds)] for name, s in vqa.items()]
-    return _table("Questions by kind", ["system", *kinds], [["n", *number], *rows], detail=True)
+    return table("Questions by kind", ["system", *kinds], [["n", *number], *rows], detail=True)
 
 
 def _tests_table(title: str, tests: list[dict[str, Any]]) -> dict[str, Any]:
@@ -227,17 +227,17 @@ def _tests_table(title: str, tests: list[dict[str, Any]]) -> dict[str, Any]:
         counts = [t["only_a"], t["only_b"], f"{t['p']:.2g}"] if "p" in t else []
         rows.append([t["a"], t["b"], t["questions"], t["n"], t["difference"], t["ci95"], *counts])
     columns = ["a", "b", "on", "n", "a - b", "95 %", "only a right", "only b right", "p"]
-    return _table(title, columns[: len(rows[0])] if rows else columns, rows)
+    return table(title, columns[: len(rows[0])] if rows else columns, rows)
 
 
-def _report_table(report: dict[str, Any]) -> dict[str, Any]:
+def report_table(report: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for name, scores in report.items():
         finding, presence = scores["findings"]["finding"], scores["findings"]["presence"]
         parts = [finding["precision"], finding["recall"], finding["f1"]]
-        rows.append([name, presence.n, *(part.value for part in parts), _span(finding["f1"]), presence.value])
+        rows.append([name, presence.n, *(part.value for part in parts), span(finding["f1"]), presence.value])
     columns = ["system", "n", "precision", "recall", "F1", "F1 95 %", "normal or not"]
-    return _table("Reports (findings)", columns, rows, "A finding is right where presence, side and structure agree.")
+    return table("Reports (findings)", columns, rows, "A finding is right where presence, side and structure agree.")
 
 
 def _text_table(report: dict[str, Any]) -> dict[str, Any]:
@@ -246,4 +246,4 @@ def _text_table(report: dict[str, Any]) -> dict[str, Any]:
     any_text = next(iter(texts.values()))
     reasons = [f"{metric}: {any_text[metric].reason}." for metric in TEXT if any_text[metric].reason]
     note = " ".join([f"Tokens: {any_text['tokenizer']}. Citations taken out.", *reasons])
-    return _table("Reports (text)", ["system", *TEXT], rows, note)
+    return table("Reports (text)", ["system", *TEXT], rows, note)

@@ -3,17 +3,17 @@
     accelerate launch --config_file configs/accelerate/cpu.yaml -m downstream.train \
         --config configs/downstream/brain.yaml route=tokens data=data/train out=runs/tokens
 
-Setup → model → data → loop → save. The same command runs on DDP and DeepSpeed ZeRO-2/3 with another configs/accelerate
-file. Which sample is seen when, and with which regions, depends on the seed and the step alone: it is the same for each
-route, and after a resume.
+Setup → model → data → loop → save → model card. The same command runs on DDP and DeepSpeed ZeRO-2/3 with another
+configs/accelerate file. Which sample is seen when, and with which regions, depends on seed and step alone: it is
+the same for each route, and after a resume. With `val` the checkpoint is the best one, judged by what it generates.
 """
 
 import argparse
-import json
-import shutil
+import math
 import sys
 import time
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,34 +25,56 @@ from bridges.projector import ProjectorConfig
 from bridges.region_vlm import LORA_KINDS, LORA_TARGETS, BridgeConfig, RegionVLM, embedding_scale
 from bridges.routes import ROUTES
 from configs import load_config, save_run_info
+from downstream.answerer import Answerer
 from downstream.base import Base, BaseModelError
+from downstream.bridge_card import write_bridge_card
+from downstream.controls import BlankImages
 from downstream.data import TrainingData
 from downstream.embedded import load_base
 from downstream.prompts import IGNORED, Batch
-from downstream.sources import TokenTable, read_table
+from downstream.sources import TokenTable, check_source, read_table
+from downstream.validation import METRICS, Validation, open_validation
 from grounding.audit import check_forbidden
+from grounding.curves import TrainingLog, draw_curves
 from grounding.labels import LabelTree, load_label_tree
-from grounding.train import cut_log, learning_rate, setup
+from grounding.store import Store, open_store
+from grounding.training_state import (
+    PRECISIONS,
+    computes_in_bf16,
+    learning_rate,
+    resume_step,
+    save_state,
+    setup,
+)
 from grounding.types import RegionTokens
 
-PRECISIONS = ("auto", "fp32", "bf16")
+SAVED = ("route", "k", "names", "presence", "cite_answers", "max_answer")  # what a checkpoint has to be asked with
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """`data` holds store/, questions.jsonl and reports.jsonl; `predicted` and `annotated` are its region-token files.
 
-    A sample gets its annotated regions with probability `annotated_share`, else the predicted ones; none at all with
-    `region_dropout`; their features are zeroed with `feature_dropout`, so that both controls are familiar at the test.
-    Of `steps`, the first `align_steps` train lists of regions (see `TrainingData`), the others questions and reports.
-    `batch_size` is a process's, in rows; a row holds up to `pack` questions and reports of one image. `names`: regions
-    stand in a prompt with their names (see `downstream.prompts`). `limit`: that many questions and
-    reports at most. `forbid`: region stores that must have nothing in common with data/store. `lr` is LoRA's,
-    `bridge_lr` that of the two projectors. `precision`: fp32,
-    bf16 (products in bfloat16; all weights stay float32), or auto, which takes bf16 where the hardware is faster at it.
-    `base`: "embedded", or a folder or hub id of an image-text-to-text model of transformers. `lora_kind`,
-    `lora_targets` (names of linear layers) and `four_bit` (QLoRA): see `BridgeConfig`. `checkpointing`: activations are
-    computed again in the backward pass, for less memory.
+    A sample gets its annotated regions with probability `annotated_share`, else those of `source` (the predicted ones,
+    or what takes their place: `downstream.sources.open_source`); none at all with `region_dropout`; their features are
+    zeroed with `feature_dropout`, so that both controls are familiar at the test. Of `steps`, the first `align_steps`
+    train lists of regions (see `TrainingData`), the others questions and reports. `batch_size` is a process's, in rows;
+    a row holds up to `pack` questions and reports of one image. `accumulation`: batches of a step in each process; one
+    process with two of them learns what two processes do. `names`: regions stand in a prompt with their names,
+    `presence`: what was not found with its probability (see `downstream.prompts`). `cite_answers`: answers cite
+    regions, as reports do. `blank_image`: every image is grey (control). `limit`: that many questions and reports at
+    most. `forbid`: region stores that must have nothing in common with data/store.
+
+    `lr` is LoRA's, `bridge_lr` that of the two projectors. `precision`: fp32, bf16 (products in bfloat16; all weights
+    stay float32), or auto, which takes bf16 where the hardware is faster at it. `base`: "embedded", or a folder or hub
+    id of an image-text-to-text model of transformers. `lora_kind`, `lora_targets` (names of linear layers) and
+    `four_bit` (QLoRA): see `BridgeConfig`. `checkpointing`: activations are computed again in the backward pass, for
+    less memory.
+
+    `val`: a folder like `data`, with region tokens in `val_predicted` (or in `predicted`, if that has its images, too).
+    Every `eval_every` steps and at the end, `metric` is taken of what is generated for `val_samples` of its samples
+    with predicted regions; the checkpoint is the best one then. After `patience` evaluations without a better one (0:
+    never) the training stops.
     """
 
     data: Path
@@ -61,12 +83,16 @@ class TrainConfig:
     out: Path
     base: str = "embedded"
     route: str = "tokens"
+    source: str = "predicted"
     k: int = 8
     steps: int = 400
     align_steps: int = 130
     batch_size: int = 8
     pack: int = 1
+    accumulation: int = 1
     names: bool = False
+    presence: bool = False
+    cite_answers: bool = False
     lr: float = 1e-3
     bridge_lr: float = 2e-3
     weight_decay: float = 0.01
@@ -83,11 +109,18 @@ class TrainConfig:
     annotated_share: float = 0.5
     region_dropout: float = 0.1
     feature_dropout: float = 0.15
+    blank_image: bool = False
     precision: str = "auto"
     save_every: int = 0
     resume: bool = True
     limit: int | None = None
     forbid: tuple[Path, ...] = ()
+    val: Path | None = None
+    val_predicted: Path | None = None
+    val_samples: int = 200
+    eval_every: int = 50
+    patience: int = 0
+    metric: str = "accuracy"
 
     def __post_init__(self):
         if self.route not in ROUTES:
@@ -96,8 +129,14 @@ class TrainConfig:
             raise ValueError(f"precision={self.precision!r}; known: {', '.join(PRECISIONS)}")
         if self.lora_kind not in LORA_KINDS:
             raise ValueError(f"lora_kind={self.lora_kind!r}; known: {', '.join(LORA_KINDS)}")
-        if min(self.steps, self.batch_size, self.pack, self.k, self.max_answer) < 1:
-            raise ValueError("steps, batch_size, pack, k and max_answer must be positive")
+        check_source(self.source)
+        if self.metric not in METRICS:
+            raise ValueError(f"metric={self.metric!r}; known: {', '.join(METRICS)}")
+        positive = ("steps", "batch_size", "pack", "accumulation", "k", "max_answer", "val_samples", "eval_every")
+        if any(getattr(self, name) < 1 for name in positive) or self.patience < 0:
+            raise ValueError(f"{', '.join(positive)} must be positive, patience not negative")
+        if self.val is None and (self.val_predicted or self.patience):
+            raise ValueError("val_predicted and patience go with val=FOLDER, the samples to judge by")
 
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor, part: torch.Tensor | None = None) -> torch.Tensor:
@@ -118,49 +157,6 @@ def step_loss(vlm: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Loss of one batch. Only the positions that predict an answer token go through the output layer, to save time."""
     out = vlm(batch.slots, **batch.inputs, logits_to_keep=batch.keep, use_cache=False)
     return answer_loss(out.logits, batch.labels, batch.part)
-
-
-def _leave_out_frozen(models: list[torch.nn.Module], weights: list[dict], folder: str) -> None:
-    """The base model is half a gigabyte and never changes. (DeepSpeed saves by itself; there `weights` is empty.)"""
-    for model, state in zip(models, weights, strict=False):
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        for name in state.keys() - trained:
-            del state[name]
-
-
-def save_state(accelerator: Accelerator, out: Path, step: int) -> None:
-    """`out`/checkpoints/step-N, complete or not there; the one before it is then removed."""
-    folder = out / "checkpoints" / f"step-{step}"
-    partial = folder.with_name(f".partial-{step}")
-    frozen = {} if accelerator.state.deepspeed_plugin is None else {"exclude_frozen_parameters": True}
-    accelerator.save_state(str(partial), **frozen)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        for older in folder.parent.iterdir():
-            if older != folder:
-                shutil.rmtree(older, ignore_errors=True)
-    accelerator.wait_for_everyone()
-
-
-def resume_step(accelerator: Accelerator, out: Path) -> int:
-    """Loads the last complete checkpoint; the step to go on with, 0 where there is none."""
-    steps = [int(folder.name.removeprefix("step-")) for folder in (out / "checkpoints").glob("step-*")]
-    if not steps:
-        return 0
-    loose = "strict" if accelerator.state.deepspeed_plugin is None else "load_module_strict"
-    accelerator.load_state(str(out / "checkpoints" / f"step-{max(steps)}"), **{loose: False})
-    return max(steps)
-
-
-def computes_in_bf16(accelerator: Accelerator, precision: str) -> bool:
-    """Whether the loop autocasts. Where accelerate was launched with a mixed precision of its own, that holds."""
-    if accelerator.mixed_precision != "no" or precision == "fp32":
-        return False
-    # On a CPU without these instructions bfloat16 is emulated, and slower than float32.
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return precision == "bf16" or (fast if accelerator.device.type == "cpu" else torch.cuda.is_bf16_supported())
 
 
 def build_vlm(config: TrainConfig, base: Base, tree: LabelTree, table: TokenTable) -> RegionVLM:
@@ -200,8 +196,39 @@ def label_words(base: Base, tree: LabelTree, tokens: RegionTokens) -> dict[str, 
     return {label: embeddings[row].mean(0) for label, row in ids.items()}
 
 
+def optimizer_of(vlm: RegionVLM, config: TrainConfig) -> torch.optim.Optimizer:
+    """LoRA and the two projectors, each with its own learning rate (`rates`)."""
+    lora = [p for name, p in vlm.named_parameters() if "lora_" in name]
+    bridge = [p for name, p in vlm.named_parameters() if p.requires_grad and "lora_" not in name]
+    groups = [{"params": p, "lr": rate} for p, rate in zip((lora, bridge), rates(config), strict=True)]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+
+
+def rates(config: TrainConfig) -> tuple[float, float]:
+    return config.lr, config.bridge_lr
+
+
+def backward(
+    accelerator: Accelerator, model: torch.nn.Module, config: TrainConfig, data: TrainingData, step: int
+) -> tuple[torch.Tensor, list[int]]:
+    """Leaves the gradient of a step in the parameters. This process's loss, and how many tokens each row has."""
+    world, rank, parts = accelerator.num_processes, accelerator.process_index, config.accumulation
+    bf16 = computes_in_bf16(accelerator, config.precision, cpu=True)
+    losses, lengths = [], list[int]()
+    for k in range(parts):
+        batch = data.batch(step, world * parts, world * k + rank)
+        lengths += (batch.inputs["input_ids"] != data.base.tokenizer.pad_token_id).sum(1).tolist()
+        accelerator.sync_gradients = k == parts - 1
+        with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
+                loss = step_loss(model, batch.to(accelerator.device))
+            accelerator.backward(loss / parts)
+        losses.append(loss.detach())
+    return torch.stack(losses).mean(), lengths
+
+
 def fit(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Model, data, loop, save."""
+    """Model, data, loop, save. Raises BaseModelError for a loss that is not finite."""
     # Else transformers splits the model over the processes while it is built. It is needed whole here (its fingerprint,
     # the scale of its embeddings); ZeRO-3 splits it in `prepare`.
     unset_hf_deepspeed_config()
@@ -209,60 +236,94 @@ def fit(accelerator: Accelerator, config: TrainConfig) -> None:
         base = load_base(config.base, config.four_bit)
     tables = {"predicted": read_table(config.predicted), "annotated": read_table(config.annotated)}
     tree = load_label_tree()
-    data = TrainingData(config, base, tree, tables)
+    data = load_data(config, base, tree, tables)
     told = "annotated" if tables["annotated"].tokens.valid.any() else "predicted"  # question sets have no annotations
     vlm = build_vlm(config, base, tree, tables[told])
-    lora = [p for name, p in vlm.named_parameters() if "lora_" in name]
-    bridge = [p for name, p in vlm.named_parameters() if p.requires_grad and "lora_" not in name]
-    rates = (config.lr, config.bridge_lr)
-    groups = [{"params": p, "lr": rate} for p, rate in zip((lora, bridge), rates, strict=True)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=config.weight_decay)
-    model, optimizer = accelerator.prepare(vlm, optimizer)
+    model, optimizer = accelerator.prepare(vlm, optimizer_of(vlm, config))
     model.train()
-    bf16 = computes_in_bf16(accelerator, config.precision)
-    start = resume_step(accelerator, config.out) if config.resume else 0
-    if accelerator.is_main_process:
-        cut_log(config.out / "train_log.jsonl", start)
-    world, rank = accelerator.num_processes, accelerator.process_index
+    start = resume_step(accelerator, config.out, trained_only=True) if config.resume else 0
+    validation = None
+    if config.val is not None:
+        validation = open_validation(accelerator, config, _images(config, open_store(config.val / "store")), start)
+    log = TrainingLog(config.out, start, tensorboard=False) if accelerator.is_main_process else None
+    answerer = Answerer(vlm, base, tree, hash="", **{name: getattr(config, name) for name in SAVED})
     lengths: list[int] = []
     quiet, title = not accelerator.is_main_process, f"route {config.route}"
     bar = tqdm(total=config.steps, initial=start, desc=title, disable=quiet, mininterval=2)
     for step in range(start, config.steps):
+        if validation and validation.is_over:
+            break
         began = time.perf_counter()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, rates(config), strict=True):
             group["lr"] = rate * learning_rate(step, config.steps, config.warmup)
-        batch = data.batch(step, world, rank)
-        lengths += (batch.inputs["input_ids"] != base.tokenizer.pad_token_id).sum(1).tolist()
-        batch = batch.to(accelerator.device)
-        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
-            loss = step_loss(model, batch)
-        if not torch.isfinite(loss):
-            raise BaseModelError(f"step {step}: the loss is {loss.item()}; lower lr")
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_([*lora, *bridge], config.clip)
+        loss, rows = backward(accelerator, model, config, data, step)
+        lengths += rows
+        mean = accelerator.reduce(loss, "mean").item()
+        if not math.isfinite(mean):  # in all processes: one that stopped alone would leave the others waiting
+            raise BaseModelError(f"step {step}: the loss is {mean}; lower lr")
+        accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], config.clip)
         optimizer.step()
         optimizer.zero_grad()
-        mean = accelerator.reduce(loss.detach(), "mean").item()
-        if accelerator.is_main_process:
+        if log:
             rate = optimizer.param_groups[0]["lr"]
-            _log(config.out, {"step": step, "loss": mean, "lr": rate, "seconds": round(time.perf_counter() - began, 3)})
+            log.add({"step": step, "loss": mean, "lr": rate, "seconds": round(time.perf_counter() - began, 3)})
             bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
             bar.update()
+        if validation and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
+            if validation.judge(accelerator, answerer, step):
+                save(accelerator, config, model, vlm, step + 1)
+            model.train()
         if config.save_every and (step + 1) % config.save_every == 0:
-            save_state(accelerator, config.out, step + 1)
+            save_state(accelerator, config.out, step + 1, trained_only=True)
     bar.close()
-    state = accelerator.get_state_dict(model)  # on every rank: ZeRO-3 gathers the parts
-    if accelerator.is_main_process:
-        settings = {name: getattr(config, name) for name in ("route", "k", "names", "max_answer", "steps")}
-        vlm.save(config.out / "checkpoint", settings, state)
-        tokens = {"mean": sum(lengths) / len(lengths), "max": max(lengths)} if lengths else None
-        save_run_info(config, config.out, processes=world, bf16=bf16, samples=len(data.samples), tokens_attended=tokens)
+    if validation is None or validation.best is None:
+        save(accelerator, config, model, vlm, config.steps)
+    if log:
+        draw_curves(log.path, config.out / "curves.png")
+        finish(accelerator, config, data, tables, validation, lengths)
     accelerator.wait_for_everyone()
 
 
-def _log(out: Path, row: dict) -> None:
-    with (out / "train_log.jsonl").open("a") as log:
-        log.write(json.dumps(row) + "\n")
+def load_data(config: TrainConfig, base: Base, tree: LabelTree, tables: dict[str, TokenTable]) -> TrainingData:
+    """The samples of `config.data`; with `blank_image` without what their images show."""
+    data = TrainingData(config, base, tree, tables)
+    data.store = _images(config, data.store)
+    return data
+
+
+def _images(config: TrainConfig, store: Store) -> Store | BlankImages:
+    return BlankImages(store) if config.blank_image else store
+
+
+def save(accelerator: Accelerator, config: TrainConfig, model: torch.nn.Module, vlm: RegionVLM, steps: int) -> None:
+    """`out`/checkpoint; every process has to call this, since under ZeRO-3 each has a part of the weights."""
+    state = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        settings = {name: getattr(config, name) for name in SAVED} | {"steps": steps}
+        vlm.save(config.out / "checkpoint", settings, state)
+    accelerator.wait_for_everyone()
+
+
+def finish(
+    accelerator: Accelerator,
+    config: TrainConfig,
+    data: TrainingData,
+    tables: dict[str, TokenTable],
+    validation: Validation | None,
+    lengths: list[int],
+) -> None:
+    """run.json and the model card: the main process's work after training."""
+    facts = {
+        "processes": accelerator.num_processes,
+        "bf16": computes_in_bf16(accelerator, config.precision, cpu=True),
+        "samples": len(data.samples),
+        "tokens_attended": {"mean": sum(lengths) / len(lengths), "max": max(lengths)} if lengths else None,
+        "left_out": {**asdict(data.dropped), "beyond_budget": data.beyond_budget},
+        "best": validation and validation.best,
+    }
+    save_run_info(config, config.out, **facts)
+    detectors = {name: table.detector for name, table in tables.items()}
+    write_bridge_card(config.out, asdict(config) | facts, data.samples, detectors, validation and validation.rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -272,8 +333,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         config = load_config(TrainConfig, options.config, options.overrides)
-        accelerator = setup(config.batch_size, config.seed)
-        accelerator.register_save_state_pre_hook(_leave_out_frozen)
+        accelerator = setup(config.batch_size, config.seed, clip=config.clip)
         check_forbidden(config.data / "store", config.forbid)
         config.out.mkdir(parents=True, exist_ok=True)
         fit(accelerator, config)

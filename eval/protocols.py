@@ -19,6 +19,7 @@ from eval.vqa import vqa_accuracy
 from eval.vqa_protocols import PROTOCOLS as VQA_PROTOCOLS
 from eval.vqa_slices import cluster_of
 from grounding.labels import load_label_tree
+from grounding.types import RegionSet
 
 Results = dict[str, Any]
 
@@ -124,6 +125,14 @@ def _citations(given: Given) -> Results:
     return citation_scores(*_grounded(given), patients=given.patients)
 
 
+def _cited_regions(given: Given) -> Results:
+    from eval.citation_scores import cited_region_scores
+
+    rows = {row["sample_id"]: row.get("regions") or [] for row in given.rows}
+    annotated = {key: RegionSet.from_dict({"image_size": (1, 1), "regions": regions}) for key, regions in rows.items()}
+    return cited_region_scores(given.lines, annotated, given.patients)
+
+
 def _coco(regions: RegionFiles) -> Results:
     scores = grounding_scores(regions.predictions, regions.references, regions.patients, coco=regions.coco)
     return scores | {"by_source": scores_by_source(regions)} if regions.sources else scores
@@ -164,6 +173,7 @@ PROTOCOLS: dict[str, dict[str, Callable[..., Results]]] = {
         "radfact": _radfact,
         "grounded-findings": _grounded_findings,
         "citations": _citations,
+        "cited-regions": _cited_regions,
         **{name: partial(_model, name) for name in MODELS},
     },
     "grounding": {"coco": _coco, "regions": _regions, "heatmaps": _heatmaps},

@@ -35,14 +35,14 @@ def write_model_card(
         "Research only. Not a medical device; not validated for any clinical decision. It knows "
         f"{', '.join(config.modalities)} and the labels below, and answers about others are guesses.",
         "## Training data",
-        *(_data(role, store) for role, store in stores.items()),
+        *(data_section(role, store) for role, store in stores.items()),
         "## Training",
-        _table(("setting", "value"), training.items()),
+        table(("setting", "value"), training.items()),
         *_forgetting(forgetting),
         "## Labels",
         _labels(config, tree),
         "## Files",
-        _files(out, stores),
+        files_table({"checkpoint (weights and configuration)": checkpoint_hash(out)}, stores, out),
     ]
     write_atomic(out / "README.md", "\n\n".join(parts) + "\n")
 
@@ -59,13 +59,13 @@ def _head(config: MedGLIPConfig) -> str:
     return f"---\n{yaml.safe_dump(about, sort_keys=False)}---"
 
 
-def _data(role: str, store: Store) -> str:
+def data_section(role: str, store: Store) -> str:
     """Images and licences by source, as the store has them."""
     images, licences = Counter(store.column("source")), {}
     for source, licence in zip(store.column("source"), store.column("licence"), strict=True):
         licences.setdefault(source, Counter())[licence or "not stated"] += 1
     rows = [(name, f"{count:,}", "; ".join(licences[name])) for name, count in sorted(images.items())]
-    return f"{role}: {len(store):,} images, {store.regions:,} regions.\n\n" + _table(
+    return f"{role}: {len(store):,} images, {store.regions:,} regions.\n\n" + table(
         ("source", "images", "licence"), rows
     )
 
@@ -73,8 +73,8 @@ def _data(role: str, store: Store) -> str:
 def _forgetting(report: Mapping[str, Mapping] | None) -> list[str]:
     if not report:
         return []
-    rows = [(name, row["images"], *(_number(row["AP50"][key]) for key in CHANGE)) for name, row in report.items()]
-    return ["## Old sources, AP50 before and after", _table(("source", "images", *CHANGE), rows)]
+    rows = [(name, row["images"], *(number(row["AP50"][key]) for key in CHANGE)) for name, row in report.items()]
+    return ["## Old sources, AP50 before and after", table(("source", "images", *CHANGE), rows)]
 
 
 CHANGE = ("before", "after", "change")
@@ -85,31 +85,29 @@ def _labels(config: MedGLIPConfig, tree: LabelTree) -> str:
     rows = []
     for label in config.vocabulary[:MOST_LABELS]:
         phrase = tree.phrase(label) if label in tree.nodes else label
-        rows.append((f"`{label}`", phrase, _number(config.thresholds.get(label))))
+        rows.append((f"`{label}`", phrase, number(config.thresholds.get(label))))
     rest = len(config.vocabulary) - len(rows)
-    return _table(("label", "phrase", "threshold"), rows) + (
-        f"\n\nand {rest} more, in config.json." if rest > 0 else ""
-    )
+    return table(("label", "phrase", "threshold"), rows) + (f"\n\nand {rest} more, in config.json." if rest > 0 else "")
 
 
-def _files(out: Path, stores: Mapping[str, Store]) -> str:
-    """What identifies the weights and what they were made from."""
-    rows = [("checkpoint (weights and configuration)", checkpoint_hash(out))]
-    rows += [(f"{role}: store.json", _digest(store.folder / "store.json")) for role, store in stores.items()]
+def files_table(hashes: Mapping[str, str], stores: Mapping[str, Store], out: Path) -> str:
+    """What identifies the weights (`hashes`: what → hash) and what they were made from; `out` holds the run.json."""
+    rows = [*hashes.items()]
+    rows += [(f"{role}: store.json", digest(store.folder / "store.json")) for role, store in stores.items()]
     run = json.loads((out / "run.json").read_text())
     rows += [("code", run["git_commit"] or "not a git checkout")]
     rows += [(name, version) for name, version in run["versions"].items() if version]
-    return _table(("what", "hash or version"), [(name, f"`{value}`") for name, value in rows])
+    return table(("what", "hash or version"), [(name, f"`{value}`") for name, value in rows])
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}"
 
 
-def _table(head: Sequence[str], rows) -> str:
+def table(head: Sequence[str], rows) -> str:
     lines = [head, ["---"] * len(head), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -23,21 +23,22 @@ from tqdm import tqdm
 from configs import ConfigError, load_config, save_run_info
 from grounding.box_masks import Segmenter, add_masks, load_sam
 from grounding.detect import REGIONS, Detection, Grounder, PhraseError, load_grounder
+from grounding.given import read_given
 from grounding.images import ImageError, read_image
 from grounding.model import CheckpointError
 from grounding.overlay import overlay
 from grounding.shards import Blocks, Row, merge, write_block
 from grounding.store import Store, StoreError, open_store
-from grounding.types import GroundingSample, RegionError, RegionSet, read_regions
+from grounding.types import GroundingSample, RegionError, RegionSet
 from grounding.zero_shot import ZeroShotGrounder
 
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """``regions``: "predicted", "annotated" (the store's own), or "file:PATH" of a regions.jsonl. ``tiles`` > 1: large
-    images are looked at in overlapping tiles, too, that many along the longer side. ``overlays``: pictures of that many
-    images, evenly over the store, with what was found and what is annotated. ``masks``: folder or hub id of a
-    SAM-family model that makes the masks of what is predicted from its boxes."""
+    """``regions``: "predicted", "annotated" (the store's own), or "file:PATH" of a regions.jsonl or COCO json.
+    ``tiles`` > 1: large images are looked at in overlapping tiles, too, that many along the longer side. ``overlays``:
+    pictures of that many images, evenly over the store, with what was found and what is annotated. ``masks``: folder or
+    hub id of a SAM-family model that makes the masks of what is predicted from its boxes."""
 
     checkpoint: Path
     store: Path
@@ -115,7 +116,7 @@ def fill(
     grounder: Grounder, store: Store, config: PredictConfig, blocks: Blocks, numbers: Sequence[int], quiet: bool = False
 ) -> None:
     """Predicts the blocks ``numbers`` and draws the overlays of their images."""
-    given = read_regions(Path(config.regions[5:])) if config.regions.startswith("file:") else None
+    given = read_given(Path(config.regions[5:]), store) if config.regions.startswith("file:") else None
     sam = load_sam(config.masks) if config.masks else None
     drawn = set(np.linspace(0, len(store) - 1, min(config.overlays, len(store))).round().astype(int).tolist())
     images = sum(len(blocks.ranges[number]) for number in numbers)

@@ -279,7 +279,7 @@ def pretrain(config: PretrainConfig) -> None:
     store, tree = open_store(config.store), load_label_tree()
     check_forbidden(config.store, config.forbid)
     part = trained_part(config, store, tree)
-    accelerator = setup(config.batch_size, config.seed, PATIENCE)
+    accelerator = setup(config.batch_size, config.seed, PATIENCE, clip=config.clip)
     config.out.mkdir(parents=True, exist_ok=True)
     model_config, state = fit(accelerator, config, part)
     with others_wait(accelerator):

@@ -359,7 +359,7 @@ def train(config: TrainConfig) -> None:
     check_forbidden(config.store, config.forbid)
     tree = load_label_tree()
     data = None if config.detector else load_data(config, store, tree)
-    accelerator = setup(config.batch_size, config.seed, PATIENCE if data else None)
+    accelerator = setup(config.batch_size, config.seed, PATIENCE if data else None, clip=config.clip)
     config.out.mkdir(parents=True, exist_ok=True)
     if data is None:
         from grounding.zero_shot_train import fit_detector

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,8 +28,9 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
     return 0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2
 
 
-def setup(batch_size: int, seed: int, patience: float | None = None) -> Accelerator:
+def setup(batch_size: int, seed: int, patience: float | None = None, clip: float | None = None) -> Accelerator:
     """``patience``: seconds that a process waits for the others before it takes them for dead; None: torch's default.
+    ``clip``: the norm that gradients are clipped to, for DeepSpeed, whose engine does it and leaves them otherwise.
 
     Raises ConfigError where the processes did not join: separate copies would train in silence.
     """
@@ -46,7 +47,8 @@ def setup(batch_size: int, seed: int, patience: float | None = None) -> Accelera
             f"{world} processes were launched but did not join; check the --config_file of accelerate launch"
         )
     if accelerator.state.deepspeed_plugin is not None:
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
+        settings = {"train_micro_batch_size_per_gpu": batch_size, **({"gradient_clipping": clip} if clip else {})}
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(settings)
     set_seed(seed)
     return accelerator
 
@@ -74,12 +76,17 @@ def others_wait(accelerator: Accelerator) -> Iterator[None]:
         torch.distributed.barrier(group)
 
 
-def computes_in_bf16(accelerator: Accelerator, precision: str) -> bool:
+def computes_in_bf16(accelerator: Accelerator, precision: str, cpu: bool = False) -> bool:
     """Whether the loop autocasts. ``auto``: on an accelerator that has bfloat16, so that a CPU gives the same numbers
-    wherever it is. Where accelerate was launched with a mixed precision of its own, that holds."""
+    wherever it is; with ``cpu`` also on a CPU that has instructions for it. Where accelerate was launched with a mixed
+    precision of its own, that holds."""
     if accelerator.mixed_precision != "no" or precision == "fp32":
         return False
-    return precision == "bf16" or (accelerator.device.type == "cuda" and torch.cuda.is_bf16_supported())
+    if accelerator.device.type == "cuda":
+        return precision == "bf16" or torch.cuda.is_bf16_supported()
+    # On a CPU without these instructions bfloat16 is emulated, and slower than float32.
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return precision == "bf16" or (cpu and fast and accelerator.device.type == "cpu")
 
 
 class Average:
@@ -122,11 +129,15 @@ def _held(parameter: nn.Parameter) -> torch.Tensor:
     return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data
 
 
-def save_state(accelerator: Accelerator, out: Path, step: int, average: Average | None = None) -> None:
-    """``out``/checkpoints/step-N, complete or not there; the one before it is then removed."""
+def save_state(
+    accelerator: Accelerator, out: Path, step: int, average: Average | None = None, trained_only: bool = False
+) -> None:
+    """``out``/checkpoints/step-N, complete or not there; the one before it is then removed. ``trained_only``: without
+    the weights that are frozen, which may be gigabytes and never change; `resume_step` has to be told, too."""
     folder = out / "checkpoints" / f"step-{step}"
     partial = folder.with_name(f".partial-{step}")
-    accelerator.save_state(str(partial))
+    with _without_frozen(accelerator) if trained_only else nullcontext({}) as options:
+        accelerator.save_state(str(partial), **options)
     if average:
         average.save(partial / f"average-{accelerator.process_index}.safetensors")
     accelerator.wait_for_everyone()
@@ -139,13 +150,29 @@ def save_state(accelerator: Accelerator, out: Path, step: int, average: Average 
     accelerator.wait_for_everyone()
 
 
-def resume_step(accelerator: Accelerator, out: Path, average: Average | None = None) -> int:
+@contextmanager
+def _without_frozen(accelerator: Accelerator) -> Iterator[dict[str, bool]]:
+    """What `Accelerator.save_state` takes beside the folder; without DeepSpeed, a hook leaves the weights out."""
+    hook = accelerator.register_save_state_pre_hook(_leave_out_frozen)
+    yield {} if accelerator.state.deepspeed_plugin is None else {"exclude_frozen_parameters": True}
+    hook.remove()
+
+
+def _leave_out_frozen(models: list[nn.Module], weights: list[dict], folder: str) -> None:
+    for model, state in zip(models, weights, strict=False):  # DeepSpeed saves by itself: `weights` is empty then
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for name in state.keys() - trained:
+            del state[name]
+
+
+def resume_step(accelerator: Accelerator, out: Path, average: Average | None = None, trained_only: bool = False) -> int:
     """Loads the last complete checkpoint; the step to go on with, 0 where there is none."""
     steps = [int(folder.name.removeprefix("step-")) for folder in (out / "checkpoints").glob("step-*")]
     if not steps:
         return 0
     folder = out / "checkpoints" / f"step-{max(steps)}"
-    accelerator.load_state(str(folder))
+    strict = "strict" if accelerator.state.deepspeed_plugin is None else "load_module_strict"
+    accelerator.load_state(str(folder), **({strict: False} if trained_only else {}))
     if average:
         average.load(folder / f"average-{accelerator.process_index}.safetensors")
     return max(steps)

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from bridges.projector import ProjectorConfig, RegionProjector
-from bridges.routes import empty, features_zero, labels_in, pick, regions_as_text, shuffled
+from bridges.routes import (
+    NO_IMAGE,
+    empty,
+    features_zero,
+    labels_in,
+    most_important,
+    pick,
+    pick_study,
+    region_name,
+    regions_as_text,
+    shuffled,
+)
 from grounding.labels import load_label_tree
 from grounding.types import RegionTokens
 
@@ -113,6 +124,82 @@ def test_regions_as_text():
     assert text.startswith("right temporal lobe lesion 30 mm at 0,0,20,20; ")
     assert text.endswith("; no right temporal lobe lesion")
     assert regions_as_text(empty(slots), TREE) == ""
+
+
+def study() -> tuple[RegionTokens, RegionTokens]:
+    """Two images: a large lesion and a place in the first, a small one in the second, where the place is not found."""
+    first = regions((f"{LEFT}/lesion", 0.7, 0.5, 1), (LEFT, 0.9, 0.4, 2), ("brain/insula", 0.2, 0.0, 3))
+    second = regions((f"{RIGHT}/lesion", 0.8, 0.1, 0), (LEFT, 0.3, 0.0, 3), ("brain/insula", 0.4, 0.0, 3))
+    second.queries[0][0]["presence"] = 0.9
+    return first, second
+
+
+def test_a_study_is_laid_out_image_by_image():
+    slots, image_of = pick_study(study(), [], TREE, 6, {})
+    assert slots.labels[0] == [f"{LEFT}/lesion", LEFT, f"{RIGHT}/lesion", "brain/insula", "", ""]
+    assert image_of == [0, 0, 1, NO_IMAGE, NO_IMAGE, NO_IMAGE]
+    assert slots.levels[0].tolist()[:4] == [1, 2, 0, 3]  # LEFT is not "not found": the first image has it
+    assert slots.scores[0, 3] == pytest.approx(0.4)  # the likelier of the two
+    assert slots.valid[0].tolist() == [True] * 4 + [False] * 2
+
+
+def test_the_best_of_a_whole_study_are_chosen():
+    slots, image_of = pick_study(study(), [LEFT], TREE, 2, {})
+    assert (slots.labels[0], image_of) == ([LEFT, f"{RIGHT}/lesion"], [0, 1])
+    assert [query["presence"] for query in slots.queries[0]] == [0.9]  # of either image
+
+
+def test_a_study_of_one_image_is_that_image():
+    alone, image_of = pick_study([TOKENS], [RIGHT], TREE, 5, {})
+    picked = pick(TOKENS, 0, [RIGHT], TREE, 5, {})
+    assert alone.labels == picked.labels and torch.equal(alone.features, picked.features)
+    assert image_of == [0, 0, 0, 0, 0]
+
+
+def test_a_finding_that_no_image_has_takes_one_slot():
+    asked = "brain/insula/left_insula/lesion"
+    slots, image_of = pick_study(study(), [asked], TREE, 8, {asked: torch.tensor([3.0, 4.0])})
+    k = slots.labels[0].index(asked)
+    assert slots.labels[0].count(asked) == 1 and slots.levels[0, k] == 3 and image_of[k] == NO_IMAGE
+
+
+def test_the_least_important_go_first_and_the_others_keep_their_order():
+    slots, image_of = pick_study(study(), [], TREE, 5, {})
+    fewer, numbers = most_important(slots, image_of, 3, [], TREE)
+    assert fewer.labels[0] == [f"{LEFT}/lesion", LEFT, f"{RIGHT}/lesion", "", ""]
+    fewer, numbers = most_important(slots, image_of, 1, [], TREE)
+    assert fewer.labels[0] == [f"{RIGHT}/lesion", "", "", "", ""] and numbers == [1] + [NO_IMAGE] * 4
+    assert not fewer.features[0, 1:].any() and fewer.valid[0].tolist() == [True] + [False] * 4
+    fewer, _ = most_important(slots, image_of, 1, ["brain/insula"], TREE)
+    assert fewer.labels[0][0] == "brain/insula"  # named, though not found
+
+
+def test_what_was_not_found_is_told_with_its_probability():
+    tokens = regions((f"{LEFT}/lesion", 0.6, 0.1, 0), ("brain/insula", 0.07, 0.0, 3), (RIGHT, 0.2, 0.0, 3))
+    slots = pick(tokens, 0, [], TREE, 4, {})
+    assert regions_as_text(slots, TREE).endswith("no right temporal lobe; no insula")
+    said = regions_as_text(slots, TREE, presence=True)
+    assert said.endswith("looked for right temporal lobe: not found (p 0.50); looked for insula: not found (p 0.07)")
+    asked = "brain/insula/left_insula/lesion"  # not looked for by itself, so that there is no probability
+    missing = pick(tokens, 0, [asked], TREE, 4, {asked: torch.zeros(2)})
+    k = missing.labels[0].index(asked)
+    assert region_name(missing, k, TREE, presence=True) == "looked for left insula lesion: not found"
+
+
+def test_what_was_not_found_is_in_the_queries():
+    slots = pick(TOKENS, 0, [], TREE, 9, {})
+    assert [query["label"] for query in slots.queries[0]] == []
+    absent = regions((RIGHT, 0.2, 0.0, 3), (LEFT, 0.9, 0.4, 2))
+    assert [query["label"] for query in pick(absent, 0, [], TREE, 4, {}).queries[0]] == [RIGHT]
+
+
+def test_text_says_on_which_image_a_region_is():
+    slots, image_of = pick_study(study(), [], TREE, 5, {})
+    said = regions_as_text(slots, TREE, [(100.0, 100.0), None], image_of_slot=image_of)
+    assert said == (
+        "left temporal lobe lesion 50 mm at 0,0,50,50 in image 1; left temporal lobe in image 1; "
+        "right temporal lobe lesion at 0,0,10,10 in image 2; no insula"
+    )
 
 
 def test_a_fitted_projector_starts_from_the_words_of_the_labels():

@@ -1,5 +1,6 @@
 """``medglip`` on a picture of the user's own, and what it says when something is wrong: the real command line."""
 
+import io
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from downstream.assistant import load_assistant
 from downstream.brain_qa import build_questions
 from downstream.cli import main
 from grounding.calibrate import calibrate
@@ -26,6 +28,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def _train(module: str, *arguments: object) -> None:
     command = [sys.executable, "-m", module, *map(str, arguments)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Regions of these images are remembered here, not among the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDGLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +130,86 @@ def test_a_radiologists_regions_take_the_detectors_place(slice_png, home, tmp_pa
     assert evidence["box"] == pytest.approx(row["box"]) and evidence["label"] == "brain/lesion"
 
 
+@pytest.fixture(scope="module")
+def volume(brain_store, tmp_path_factory) -> Path:
+    """Twelve slices of 1 mm: the same picture, moved a little from slice to slice."""
+    path = tmp_path_factory.mktemp("volume") / "head.nii.gz"
+    axial = np.array(Image.open(io.BytesIO(open_store(brain_store)[20].image)).convert("L")).astype(np.float32)
+    slices = [np.roll(np.flip(axial, (0, 1)).T, k, 0) for k in range(12)]
+    nibabel.save(nibabel.Nifti1Image(np.stack(slices, 2), np.diag([-1.0, 1.0, 1.0, 1.0])), path)
+    return path
+
+
+def test_a_volume_is_asked_about_as_one(volume, home, tmp_path, capsys):
+    common = ("--checkpoint", str(home), "--modality", "mri")
+    out = tmp_path / "answer.json"
+    assert main(["ask", str(volume), "Is there a lesion?", *common, "--out", str(out)]) == 0
+    said = json.loads(out.read_text())
+    assert said["slices"] == 12 and 0 <= said["slice"] < 12 and said["mm_from_slice_to_slice"] == 1.0
+    assert said["asked_for"][0]["label"] == "brain/lesion"
+    assert len(said["tracks"]) == len(said["evidence"]["regions"])
+    for track in said["tracks"]:
+        assert 0 <= track["first"] <= track["slice"] <= track["last"] < 12
+        assert track["depth_mm"] == track["last"] - track["first"] + 1 >= 3
+    page = tmp_path / "report.html"
+    assert main(["report", str(volume), *common, "--out", str(page)]) == 0
+    assert "<html" in page.read_text().lower()
+    assert main(["ask", str(volume), "Is there a lesion?", *common, "--regions", "x.jsonl"]) == 1
+    assert "is a volume; give a slice of it" in capsys.readouterr().err
+
+
+def test_an_image_seen_before_costs_no_look_at_it(slice_png, volume, home, tmp_path, monkeypatch):
+    """Neither pass of the image model, nor check of its kind; and the answer is the same."""
+    monkeypatch.setenv("MEDGLIP_CACHE", str(tmp_path))
+    assistant, passes = load_assistant(home, "tokens"), []
+    trunk = assistant.grounder.model.trunk
+    maps = trunk.feature_maps
+    monkeypatch.setattr(trunk, "feature_maps", lambda pixels: passes.append(1) or maps(pixels))
+    for path in (slice_png, volume):
+        first, _ = assistant.ask(str(path), "Where is the lesion?", "mri")
+        assert passes
+        passes.clear()
+        again, _ = assistant.ask(str(path), "Where is the lesion?", "mri")
+        report, _ = assistant.report(str(path), "mri")
+        assert again == first and report["looked_for"] and not passes
+    moved = tmp_path / "moved.png"
+    Image.fromarray(np.roll(np.array(Image.open(slice_png)), 3, 0)).save(moved)
+    assistant.ask(str(moved), "Where is the lesion?", "mri")
+    assert passes
+
+
+def test_a_damaged_cache_is_no_error(slice_png, home, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDGLIP_CACHE", str(tmp_path))
+    assistant = load_assistant(home, "tokens")
+    first, _ = assistant.ask(str(slice_png), "Where is the lesion?", "mri")
+    (file,) = (tmp_path / "regions").rglob("*.safetensors")
+    file.write_bytes(b"damaged")
+    assert assistant.ask(str(slice_png), "Where is the lesion?", "mri")[0] == first
+
+
+def test_an_answer_is_chosen_among_options_and_explained(slice_png, home, tmp_path, capsys):
+    common = ("--checkpoint", str(home), "--modality", "mri", "--out", str(tmp_path / "answer.json"))
+    assert main(["ask", str(slice_png), "Is there a lesion?", "--options", "--why", *common]) == 0
+    said = json.loads((tmp_path / "answer.json").read_text())
+    assert list(said["options"]) == ["yes", "no"] and sum(said["options"].values()) == pytest.approx(1)
+    assert said["answer"] == max(said["options"], key=said["options"].get)
+    assert 0 <= said["why"]["confidence"] <= 1 and said["why"]["regions"]
+    shown = capsys.readouterr().out
+    assert f"yes: probability {said['options']['yes']:.2f}" in shown and "drop" in shown
+    assert main(["ask", str(slice_png), "Where is it?", "--options", "left", "right", *common]) == 0
+    assert json.loads((tmp_path / "answer.json").read_text())["answer"] in ("left", "right")
+    assert main(["ask", str(slice_png), "Where is it?", *common, "--options"]) == 1
+    assert "has no options of its own; give them: --options yes no" in capsys.readouterr().err
+
+
+def test_a_report_by_section(slice_png, home, tmp_path):
+    out = tmp_path / "report.json"
+    arguments = ["report", str(slice_png), "--checkpoint", str(home), "--modality", "mri", "--sections"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    text = json.loads(out.read_text())["report"]
+    assert text.startswith("Findings: ") and text.count("Findings:") == 1 and text.count("Impression:") <= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -135,6 +225,8 @@ def test_a_radiologists_regions_take_the_detectors_place(slice_png, home, tmp_pa
         (("ground", "{slice}", "", "--modality", "mri"), "empty phrase"),
         (("ask", "{slice}", "  "), "empty question"),
         (("ask", "{slice}", "Where?", "--route", "text"), "not a bridge checkpoint"),
+        (("ask", "missing.nii.gz", "Where?"), "missing.nii.gz: no such file"),
+        (("report", "{folder}"), "no DICOM image in this folder"),
         (("ask", "{slice}", "Where?", "--checkpoint", "nowhere"), "nowhere: no grounding checkpoint there"),
         (("report", "{slice}", "--out", "report.pdf"), "reports are written as .html or .json"),
         (("report", "{slice}", "--out", "/proc/none/report.json"), "/proc/none"),
@@ -143,6 +235,8 @@ def test_a_radiologists_regions_take_the_detectors_place(slice_png, home, tmp_pa
 def test_bad_input_is_one_line(arguments, says, home, slice_png, tmp_path, capsys):
     files = {"slice": slice_png, "empty": tmp_path / "empty.png", "text": tmp_path / "text.png"}
     files["empty"].write_bytes(b"")
+    files["folder"] = tmp_path / "folder"
+    files["folder"].mkdir()
     files["text"].write_text("this is no picture")
     arguments = [argument.format(**files) for argument in arguments]
     if "--checkpoint" not in arguments:

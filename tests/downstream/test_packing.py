@@ -6,6 +6,7 @@ import torch
 
 from bridges.projector import ProjectorConfig
 from bridges.region_vlm import BridgeConfig, RegionVLM
+from bridges.routes import ROUTES
 from downstream.embedded import tiny_base
 from downstream.packing import pack
 from downstream.prompts import build_prompt, collate
@@ -54,7 +55,7 @@ def group(base, route, seed, asked=ASKED, names=False):
 
 
 @pytest.mark.parametrize("names", [False, True])
-@pytest.mark.parametrize("route", ["none", "text", "tokens"])
+@pytest.mark.parametrize("route", ROUTES)
 def test_a_packed_row_has_the_loss_of_its_questions_alone(base, vlm, route, names):
     groups = [group(base, route, 1, names=names), group(base, route, 2, ASKED[:1], names=names)]
     pad = base.tokenizer.pad_token_id

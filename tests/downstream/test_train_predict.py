@@ -10,17 +10,24 @@ import torch
 from safetensors.torch import load_file
 
 from bridges.region_vlm import CheckpointError
+from configs import load_config
 from downstream import predict as program
 from downstream import train
 from downstream.brain_qa import build_questions
+from downstream.controls import BlankImages
 from downstream.data import plan_epoch
 from downstream.embedded import tiny_base
 from downstream.predict import answer, evidence_of, load_answerer, predict, read_samples
 from downstream.prompts import REPORT_QUESTION
 from downstream.samples import read_predictions, read_questions, read_reports
 from downstream.sources import open_source, read_table
+from grounding.images import read_image
+from grounding.labels import load_label_tree
 from grounding.store import open_store
 from grounding.types import RegionSet, RegionTokens, save_region_tokens, stack_region_tokens
+
+TOLERANCE = 1e-4  # of a loss of about 5, after 12 steps: sums have another order (1e-6 was measured)
+MIXED = ("align_steps=6",)  # lists of regions, then questions and reports
 
 
 def fake_tokens(regions: RegionSet, seed: int) -> RegionTokens:
@@ -78,7 +85,9 @@ def trained(data, launch, tmp_path_factory) -> Path:
 def test_training_lowers_the_loss_and_leaves_a_record(trained):
     values = losses(trained)
     assert len(values) == 12 and sum(values[-4:]) < sum(values[:4]) - 1
-    assert {"adapter_model.safetensors", "bridge.safetensors", "bridge.json"} <= names(trained / "checkpoint")
+    assert {"adapter_model.safetensors", "bridge.safetensors", "bridge.json", "README.md"} <= names(
+        trained / "checkpoint"
+    )
     assert (trained / "config.yaml").exists()
     run = json.loads((trained / "run.json").read_text())
     assert run["processes"] == 1 and 0 < run["tokens_attended"]["mean"] <= run["tokens_attended"]["max"]
@@ -102,6 +111,33 @@ def test_resuming_gives_the_same_loss_curve(trained, data):
 def test_the_same_seed_gives_the_same_curve(trained, data, tmp_path):
     train.main(settings(data, tmp_path, "save_every=0"))
     assert losses(tmp_path) == losses(trained)
+
+
+def test_a_step_of_two_batches_has_the_mean_of_their_losses(data, tmp_path):
+    arguments = settings(data, tmp_path, "accumulation=2", "steps=1", "warmup=1", "align_steps=0", "save_every=0")
+    train.main(arguments)
+    config, tree, base = load_config(train.TrainConfig, None, arguments), load_label_tree(), tiny_base()
+    tables = {kind: read_table(data / f"{kind}.safetensors") for kind in ("predicted", "annotated")}
+    fresh = train.build_vlm(config, base, tree, tables["annotated"]).train()
+    batches = [train.TrainingData(config, base, tree, tables).batch(0, 2, k) for k in range(2)]
+    parts = [train.step_loss(fresh, batch).item() for batch in batches]
+    assert parts[0] != parts[1] and losses(tmp_path) == pytest.approx([sum(parts) / 2], abs=1e-6)
+
+
+def test_a_blank_image_hides_the_picture_alone(data, tmp_path):
+    tables = {kind: read_table(data / f"{kind}.safetensors") for kind in ("predicted", "annotated")}
+    seen = []
+    for blank in ("false", "true"):
+        config = load_config(train.TrainConfig, None, settings(data, tmp_path, f"blank_image={blank}"))
+        seen.append(train.load_data(config, tiny_base(), load_label_tree(), tables).batch(0))
+    picture, grey = (batch.inputs.pop("pixel_values") for batch in seen)
+    assert picture.shape == grey.shape and picture.std((2, 3)).min() > 0.1 and grey.std((2, 3)).max() < 1e-6
+    assert all(seen[0].inputs[name].equal(seen[1].inputs[name]) for name in seen[0].inputs)
+    assert seen[0].slots.boxes.equal(seen[1].slots.boxes) and seen[0].labels.equal(seen[1].labels)
+    store = open_store(data / "store")
+    shown = BlankImages(store).by_id(store.image_ids[0])
+    assert read_image(shown.image).pixels.shape[:2] == store[0].regions.image_size
+    assert shown.regions.to_dict() == store[0].regions.to_dict()
 
 
 def test_the_plan_has_each_sample_once_and_batches_of_like_length():
@@ -187,15 +223,25 @@ def test_tiny_base_is_the_same_for_the_same_seed():
     assert tiny_base().fingerprint == tiny_base().fingerprint != tiny_base(1).fingerprint
 
 
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory) -> Path:
+    """One process, whose steps have the batches of two."""
+    out = tmp_path_factory.mktemp("alone")
+    train.main(settings(data, out, *MIXED, "accumulation=2"))
+    return out
+
+
 @pytest.mark.slow  # the quick case of two processes is grounding's
 @pytest.mark.parametrize("launcher", ["zero2", "zero3", "ddp"])
-def test_two_processes_train_resume_and_predict(launcher, data, launch, tmp_path):
-    launch(launcher, "downstream.train", *settings(data, tmp_path))
+def test_two_processes_train_as_one_and_resume_and_predict(launcher, alone, data, launch, tmp_path):
+    launch(launcher, "downstream.train", *settings(data, tmp_path, *MIXED))
     values = losses(tmp_path)
     assert json.loads((tmp_path / "run.json").read_text())["processes"] == 2
-    assert len(values) == 12 and sum(values[-4:]) < sum(values[:4]) - 1
+    assert len(values) == 12 and values == pytest.approx(losses(alone), abs=TOLERANCE)
+    ours, theirs = (load_file(out / "checkpoint/bridge.safetensors") for out in (tmp_path, alone))
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 100 * TOLERANCE
     weights = (tmp_path / "checkpoint" / "bridge.safetensors").read_bytes()
-    launch(launcher, "downstream.train", *settings(data, tmp_path))
+    launch(launcher, "downstream.train", *settings(data, tmp_path, *MIXED))
     assert losses(tmp_path) == pytest.approx(values, abs=1e-6)
     assert (tmp_path / "checkpoint" / "bridge.safetensors").read_bytes() == weights
     program.main([*prediction(tmp_path, data, tmp_path / "answers"), "limit=3", "tasks=vqa"])

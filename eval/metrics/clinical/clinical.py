@@ -11,7 +11,7 @@ import evaluate
 from eval.protocols import PROTOCOLS, Given
 from eval.table import scores_in
 
-NOT_CLINICAL = ("full", "r2gen", "r2gen-mimic", "radfact", "grounded-findings", "citations")
+NOT_CLINICAL = ("full", "r2gen", "r2gen-mimic", "radfact", "grounded-findings", "citations", "cited-regions")
 
 
 class Clinical(evaluate.Metric):
