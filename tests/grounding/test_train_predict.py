@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from grounding.store import open_store
+from grounding.train import main
 from grounding.types import load_region_tokens, read_regions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,17 +108,22 @@ def test_other_kinds_of_two_processes(kind, launch, brain_store, tmp_path):
     _two_processes(kind, launch, brain_store, tmp_path)
 
 
+def test_a_wrong_setting_of_the_command_is_one_line(brain_store, tmp_path):
+    command = [sys.executable, "-m", "grounding.train", f"store={brain_store}", f"out={tmp_path / 'out'}", "stpes=10"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "unknown key 'stpes'; nearest: steps" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("argument", "says"),
     [
-        (("steps=ten",), "steps: expected int, got 'ten'"),
-        (("stpes=10",), "unknown key 'stpes'; nearest: steps"),
-        (("store=nowhere",), "nowhere: not a region store"),
-        (("image_size=100",), "multiple of 32"),
+        ("steps=ten", "steps: expected int, got 'ten'"),
+        ("store=nowhere", "nowhere: not a region store"),
+        ("image_size=100", "multiple of 32"),
     ],
 )
-def test_wrong_settings_are_one_line(arguments, says, brain_store, tmp_path):
-    command = [sys.executable, "-m", "grounding.train", f"store={brain_store}", f"out={tmp_path / 'out'}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and says in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+def test_wrong_settings_are_one_line(argument, says, brain_store, tmp_path):
+    with pytest.raises(SystemExit, match=says) as stopped:
+        main([f"store={brain_store}", f"out={tmp_path / 'out'}", argument])
+    assert "\n" not in str(stopped.value) and not (tmp_path / "out").exists()
