@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.integrations import unset_hf_deepspeed_config
 
 from bridges.region_vlm import CheckpointError, RegionVLM, checkpoint_hash, read_checkpoint
-from bridges.routes import labels_in
+from bridges.routes import Extent, labels_in
 from downstream.base import Base
 from downstream.citations import found_slots
 from downstream.decoding import GREEDY, Decoding, choose, likeliest, write_sections
@@ -23,7 +24,6 @@ from grounding.types import RegionSet, RegionTokens
 
 LONGEST_ANSWER = 32  # tokens of an answer to a question; a report may have the checkpoint's `max_answer`
 
-Extent = tuple[float, float] | None  # (height, width) of a whole image in mm, where that is known
 Said = tuple[str, dict[str, float] | None]  # a text, and of one that was chosen the probability of each option
 
 
@@ -112,6 +112,7 @@ def load_answerer(checkpoint: str | Path) -> Answerer:
 
     Raises CheckpointError or BaseModelError where one of them cannot be used.
     """
+    unset_hf_deepspeed_config()  # else ZeRO-3 splits the base model while it is loaded; it is needed whole
     config, settings = read_checkpoint(checkpoint)
     base = load_base(config.base, config.four_bit)
     vlm = RegionVLM.load(checkpoint, base.model, base.fingerprint)

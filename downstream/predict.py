@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
-from transformers.integrations import unset_hf_deepspeed_config
 
 from bridges.budget import Dropped, warn_dropped
 from configs import load_config, save_run_info
@@ -279,7 +278,6 @@ def run(accelerator: Accelerator, config: PredictConfig) -> None:
     tables = {name: read_table(path) for name, path in paths.items() if path is not None}
     source = open_source(config.source, tables, patients, config.features, config.seed)
     with accelerator.main_process_first():
-        unset_hf_deepspeed_config()  # else ZeRO-3 splits the base model while it is loaded; it is needed whole
         answerer = replace(load_answerer(config.checkpoint), decoding=config.decoding)
     answerer.vlm.to(accelerator.device)
     batches = plan_batches(samples, config.batch_size)
