@@ -14,9 +14,19 @@ from grounding.model_card import data_section, files_table, number, table
 from grounding.store import open_store
 
 SETTINGS = (
-    *("route", "source", "k", "names", "presence", "cite_answers", "align_steps", "batch_size", "pack", "accumulation"),
-    *("processes", "lr", "bridge_lr", "weight_decay", "warmup", "clip", "seed", "bf16", "lora_r", "lora_layers"),
-    *("lora_kind", "lora_targets", "four_bit", "max_answer", "annotated_share", "region_dropout", "feature_dropout"),
+    *("route", "source", "k", "names", "presence", "cite_answers", "align_steps", "projector_steps", "batch_size"),
+    *("pack", "accumulation", "processes", "lr", "bridge_lr", "weight_decay", "warmup", "clip", "seed", "bf16"),
+    *(
+        "lora_r",
+        "lora_layers",
+        "lora_kind",
+        "lora_targets",
+        "four_bit",
+        "max_answer",
+        "annotated_share",
+        "region_dropout",
+        "feature_dropout",
+    ),
     *("blank_image", "limit"),
 )
 READS = {

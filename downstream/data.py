@@ -44,22 +44,23 @@ def answer_of(sample: Sample) -> str:
 
 def image_of(sample: Sample) -> str:
     """The id of the image that is looked at: a study's first."""
-    return sample.image_id if isinstance(sample, VQASample) else sample.images[0]
+    return images_of(sample)[0]
 
 
 def images_of(sample: Sample) -> tuple[str, ...]:
-    """The ids of all images that a sample is about: a question's one, a study's all."""
-    return (sample.image_id,) if isinstance(sample, VQASample) else sample.images
+    """The ids of all images that a sample is about, in their order: most questions' one, a study's all."""
+    return sample.images or (sample.image_id,) if isinstance(sample, VQASample) else sample.images
 
 
 def images_in(store: Store | BlankImages, sample: Sample) -> tuple[str, ...]:
-    """Of the images of a study those that `store` has; a question's one in any case. Raises ValueError where a study
-    has none there."""
+    """Of several images of a sample those that `store` has; a single one in any case. Raises ValueError where none of
+    them is there."""
     ids = images_of(sample)
     there = ids if len(ids) == 1 else tuple(image_id for image_id in ids if _has(store, image_id))
     if not there:
         name = sample.study_id if isinstance(sample, ReportSample) else sample.sample_id
-        raise ValueError(f"study {name!r}: none of its {len(ids)} images is in the store; add them, or take it out")
+        what = "study" if isinstance(sample, ReportSample) else "question"
+        raise ValueError(f"{what} {name!r}: none of its {len(ids)} images is in the store; add them, or take it out")
     return there
 
 

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from downstream.predict import load_answerer, predict, read_samples
 from downstream.samples import Prediction, write_samples
 from downstream.scores import System, score_everything
 from downstream.sources import open_source, read_table
-from downstream.stages import Stages, console, launch
+from downstream.stages import Stage, Stages, console, launch
 from grounding.brain import brain_card, build_brain
 from grounding.detect import load_grounder
 from grounding.predict import PredictConfig, write_predictions
@@ -33,7 +34,8 @@ from grounding.types import RegionSet, read_regions, write_regions
 @dataclass(frozen=True)
 class DemoConfig:
     """``systems``: ``route``, ``route/source`` or ``route/source/zero`` (features zeroed); one bridge a route is
-    trained, sources switch at inference. Source ``file`` is a regions.jsonl, here of the annotations."""
+    trained, sources switch at inference. Source ``file`` is a regions.jsonl, here of the annotations. ``jobs``: so many
+    bridges are trained at one time, each with its share of the cores and with its own memory."""
 
     systems: tuple[str, ...]
     train_images: int
@@ -51,7 +53,12 @@ class DemoConfig:
     trunk: str = "embedded"
     base: str = "embedded"
     max_answer: int = 160
+    jobs: int = 1
     seed: int = 0
+
+    def __post_init__(self):
+        if self.jobs < 1:
+            raise ValueError(f"jobs={self.jobs}; it must be positive")
 
     @property
     def parsed(self) -> list[System]:
@@ -87,12 +94,14 @@ def run(out: Path, full: bool, config_path: Path | None, overrides: list[str]) -
     data = stages.run("data", "Images, questions and reports", of_data, lambda folder: build_data(folder, config))
     grounder = stages.run("grounder", "Train the grounding model", of_grounder, lambda f: _ground(f, data, config))
     regions = stages.run("regions", "Find regions", of_regions, lambda f: _regions(f, data, grounder))
-    for route in config.routes:
-        stages.run(route, f"Train route {route}", of_bridge, lambda f, r=route: _bridge(f, r, data, regions, config))
+    longest_first = sorted(config.routes, key=lambda route: route != "text")  # begun last, it would be left alone
+    bridge = partial(_bridge, data=data, regions=regions, config=config)
+    trainings = [Stage(r, f"Train route {r}", of_bridge, partial(bridge, route=r)) for r in longest_first]
+    stages.run_all(trainings, config.jobs)
     of_answers = of_bridge | chosen(config, ("systems",))
     answers = stages.run("answers", "Answer and report", of_answers, lambda f: _answers(f, out, config))
     console.print("[bold]Scores[/bold]")
-    facts = {"seconds": stages.seconds | {"all": round(sum(stages.seconds.values()), 1)}, **_memory()}
+    facts = {"seconds": stages.seconds | {"all": stages.elapsed}, **_memory()}
     scores = score_everything(data / "test", regions, answers, systems, facts, config)
     save_run_info(config, out)
     write_atomic(out / "scores.json", json.dumps(scores, indent=1) + "\n")
@@ -173,7 +182,7 @@ def _bare(regions: RegionSet) -> RegionSet:
     return RegionSet(regions.boxes, regions.labels, regions.image_size)
 
 
-def _bridge(folder: Path, route: str, data: Path, regions: Path, config: DemoConfig) -> None:
+def _bridge(folder: Path, *, route: str, data: Path, regions: Path, config: DemoConfig) -> None:
     settings = {
         "route": route,
         "data": data / "train",
@@ -192,7 +201,8 @@ def _bridge(folder: Path, route: str, data: Path, regions: Path, config: DemoCon
         "save_every": max(1, config.bridge_steps // 4),
     }
     path = CONFIG_DIR / "downstream" / "brain.yaml"
-    launch("downstream.train", "--config", str(path), *(f"{key}={value}" for key, value in settings.items()))
+    keys = [f"{key}={value}" for key, value in settings.items()]
+    launch("downstream.train", "--config", str(path), *keys, jobs=config.jobs)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 

@@ -32,7 +32,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from bridges.region_vlm import weights_fingerprint
 from configs import cache_dir
 from downstream.base import REGION_TOKENS, Base, BaseModelError, load_family
-from grounding.efficientnet import EfficientNetLiteConfig, EfficientNetLiteModel, load_lite0
+from grounding.efficientnet import EfficientNetLiteConfig, EfficientNetLiteModel, he_init, load_lite0
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GRID = 4
@@ -87,6 +87,7 @@ def tiny_base(seed: int = 0) -> Base:
                 image_size=64,
             )
         ).eval()
+        he_init(tower)  # else no signal is left at its end, and images would not matter
         language = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=len(tokenizer),

@@ -29,9 +29,9 @@ from downstream.answerer import Answerer, load_answerer
 from downstream.base import BaseModelError
 from downstream.causal import Fixed, Masked, Said, Scores, drops_of, score
 from downstream.citations import found_slots, marked, sentence_of_characters, split_sentences, with_masks
-from downstream.data import Sample, extent_mm, image_of, images_in, pixels_of, question_of
+from downstream.data import Sample, extent_mm, image_of, images_in, images_of, pixels_of, question_of
 from downstream.ledger import Row, answer_with_support, sentences_with_support
-from downstream.predict import TASKS, asked_about, read_samples
+from downstream.predict import TASKS, read_samples
 from downstream.prompts import Prompt
 from downstream.samples import Prediction, ReportSample, VQASample, read_predictions
 from downstream.sources import FEATURES, RegionSource, open_source, read_table
@@ -116,7 +116,7 @@ def _queries(sample: Sample, source: RegionSource | None, evidence: Mapping[str,
     one, else what stands with the prediction."""
     rows = list(evidence.get("queries", ()))
     if source is not None:
-        known = [image_id for image_id in asked_about(sample) if image_id in source.table.rows]
+        known = [image_id for image_id in images_of(sample) if image_id in source.table.rows]
         rows += [query for image_id in known for query in source.regions(image_id).queries[0]]
     known_rows = sorted((row for row in rows if row.get("label")), key=lambda row: row.get("presence") or 0.0)
     return list({row["label"]: row for row in known_rows}.values())
@@ -181,7 +181,7 @@ def _said(answerer: Answerer, store: Store, source: RegionSource, case: Case) ->
 
 def _prompt_maker(answerer: Answerer, store: Store, sample: Sample) -> Callable[[RegionSource | Fixed], Prompt]:
     """Source of regions → the prompt of a sample, without answer, as `predict` makes it."""
-    ids = images_in(store, sample) if isinstance(sample, ReportSample) else asked_about(sample)
+    ids = images_in(store, sample)
     records = [store.by_id(image_id) for image_id in ids]
     pixels = [pixels_of(record) for record in records]
     extents = [extent_mm(record) for record in records]
@@ -228,7 +228,7 @@ def summarise(cases: Sequence[Case], store: Store, tree: LabelTree) -> dict[str,
     lines = [line for case in cases for line in case.lines]
     patients = {case.prediction.sample_id: case.sample.patient_id for case in cases}
     reports = [case for case in cases if isinstance(case.sample, ReportSample)]
-    single = [case for case in reports if len(asked_about(case.sample)) == 1]
+    single = [case for case in reports if len(images_of(case.sample)) == 1]
     annotated = {case.prediction.sample_id: store.by_id(image_of(case.sample)).regions for case in single}
     predictions = {case.prediction.sample_id: asdict(case.prediction) for case in single}
     citations = cited_region_scores(predictions, annotated, patients, tree)
@@ -270,7 +270,7 @@ def run(accelerator: Accelerator, config: EvidenceConfig) -> None:
     """Read, score this process's share, gather, write."""
     store, tree = open_store(config.data / "store"), load_label_tree()
     samples = read_samples(config.data, config.tasks)
-    source = open_regions(config, {i: sample.patient_id for sample in samples for i in asked_about(sample)})
+    source = open_regions(config, {i: sample.patient_id for sample in samples for i in images_of(sample)})
     cases = read_cases(config, source, tree)
     world, rank = accelerator.num_processes, accelerator.process_index
     mine = cases[rank::world]

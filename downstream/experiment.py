@@ -37,7 +37,7 @@ from downstream.predict import TASKS, PredictConfig
 from downstream.samples import Prediction, read_predictions, read_questions
 from downstream.scores import System
 from downstream.sources import RegionSource, check_source, open_source, read_table
-from downstream.stages import Stages, console, launch
+from downstream.stages import Stage, Stages, console, launch
 from downstream.train import TrainConfig
 from eval.types import plain
 from grounding.labels import load_label_tree
@@ -45,6 +45,7 @@ from grounding.predict import PredictConfig as RegionsConfig
 
 SPLITS, KINDS = ("train", "test"), ("predicted", "annotated")
 CONTROLS = {"blank": "none, blank image", "text-only": "text only"}
+PROGRAMS = ("grounding.predict", "downstream.train", "downstream.predict")  # each reads what those before it wrote
 SAVED = 8  # states of a training, from which it goes on
 # What the grid itself sets, so that no two cells differ in anything else.
 TAKEN = {
@@ -68,7 +69,7 @@ class ExperimentConfig:
     images) and "text-only" (trained and asked with grey images). `seeded`: systems that are trained and asked with each
     of `seeds`; all others with the first. `bridge`: YAML of downstream.train; `training` and `prediction`: further
     key=value of downstream.train and downstream.predict. `accelerate`: name of a file of configs/accelerate. `limit`:
-    so many test samples a task.
+    so many test samples a task. `jobs`: so many programs run at one time, each with its share of the cores.
     """
 
     train: Path
@@ -87,8 +88,11 @@ class ExperimentConfig:
     tasks: tuple[str, ...] = TASKS
     limit: int | None = None
     accelerate: str = "cpu"
+    jobs: int = 1
 
     def __post_init__(self):
+        if self.jobs < 1:
+            raise ValueError(f"jobs={self.jobs}; it must be positive")
         if (self.grounder is None) == (self.regions is None):
             raise ValueError("give either grounder=CHECKPOINT or regions=FOLDER")
         if self.jitter not in KINDS:
@@ -257,10 +261,10 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     grid = plan(config)
     with _only_run(config.out) as lock:
         stages = Stages(config.out)
-        for number, one in enumerate(grid.cells, 1):
-            title = f"{one.name} ({number} of {len(grid.cells)})"
-            work = partial(_work, one, config.accelerate, lock)
-            stages.run(one.folder, title, one.identity, work)
+        for module in PROGRAMS:
+            work = partial(_work, config=config, lock=lock)
+            cells = [one for one in grid.cells if one.module == module]
+            stages.run_all([Stage(c.folder, c.name, c.identity, partial(work, one=c)) for c in cells], config.jobs)
         console.print("[bold]Scores[/bold]")
         scores = _scores(config, grid)
         _write(config, grid, scores)
@@ -269,8 +273,9 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
     return scores
 
 
-def _work(one: Cell, accelerate: str, lock: int, folder: Path) -> None:
-    launch(one.module, *one.arguments, f"out={folder}", accelerate=accelerate, pass_fds=(lock,))
+def _work(folder: Path, *, one: Cell, config: ExperimentConfig, lock: int) -> None:
+    shared = {"accelerate": config.accelerate, "pass_fds": (lock,), "jobs": config.jobs}
+    launch(one.module, *one.arguments, f"out={folder}", **shared)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # what a training would have gone on from
 
 

@@ -30,7 +30,7 @@ from downstream.answerer import Answerer, Said, evidence_of, load_answerer
 from downstream.base import BaseModelError
 from downstream.citations import split_answer, split_report
 from downstream.controls import BlankImages
-from downstream.data import Sample, extent_mm, images_in, pixels_of, question_of
+from downstream.data import Sample, extent_mm, images_in, images_of, pixels_of, question_of
 from downstream.decoding import Decoding, options_of
 from downstream.prompts import REPORT_QUESTION, Prompt
 from downstream.samples import Prediction, ReportSample, VQASample, read_questions, read_reports
@@ -81,15 +81,6 @@ class PredictConfig:
     @property
     def decoding(self) -> Decoding:
         return Decoding(self.beams, self.temperature, self.top_p, self.closed, self.sections, self.seed)
-
-
-@dataclass(frozen=True)
-class Question(VQASample):
-    """A question with what else its line in questions.jsonl may say. `options`: what it can be answered with.
-    `images`: ids of the images that it is about, where there are several."""
-
-    options: tuple[str, ...] = ()
-    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -162,16 +153,9 @@ def plan_batches(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
     batches = []
     for kind in (VQASample, ReportSample):
         indices = [i for i, sample in enumerate(samples) if isinstance(sample, kind)]
-        indices.sort(key=lambda i: (len(asked_about(samples[i])), len(question_of(samples[i]))))
+        indices.sort(key=lambda i: (len(images_of(samples[i])), len(question_of(samples[i]))))
         batches += [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     return batches
-
-
-def asked_about(sample: Sample) -> tuple[str, ...]:
-    """The ids of all images that a sample is about, in their order."""
-    if isinstance(sample, ReportSample):
-        return sample.images
-    return sample.images if isinstance(sample, Question) and sample.images else (sample.image_id,)
 
 
 @dataclass(frozen=True)
@@ -193,7 +177,7 @@ def answer_batch(
     answerer: Answerer, store: Store | BlankImages, samples: Sequence[Sample], source: RegionSource
 ) -> AnsweredBatch:
     """Answers questions, or writes reports, not both. Images of a study that the store lacks are left out."""
-    ids = [images_in(store, s) if isinstance(s, ReportSample) else asked_about(s) for s in samples]
+    ids = [images_in(store, sample) for sample in samples]
     prompts = [_prompt(answerer, store, *row, source) for row in zip(samples, ids, strict=True)]
     sampled = answerer.decoding.temperature > 0
     with torch.random.fork_rng(enabled=sampled):
@@ -206,7 +190,7 @@ def answer_batch(
         evidence = evidence_of(prompt.regions, size, prompt.image_of_slot, row)
         predictions.append(_prediction(sample, words, prompt.regions, evidence.to_dict(), source, answerer))
     beyond = sum(source.beyond_budget(row, answerer.k) for row in ids)
-    missing = sum(len(asked_about(sample)) - len(row) for sample, row in zip(samples, ids, strict=True))
+    missing = sum(len(images_of(sample)) - len(row) for sample, row in zip(samples, ids, strict=True))
     return AnsweredBatch(predictions, sum((prompt.dropped for prompt in prompts), Dropped()), beyond, missing)
 
 
@@ -230,7 +214,7 @@ def _say(answerer: Answerer, samples: Sequence[Sample], prompts: Sequence[Prompt
 def _options(sample: Sample) -> tuple[str, ...]:
     if isinstance(sample, ReportSample) or sample.answer_type != "closed":
         return ()
-    return options_of(sample.question, sample.options if isinstance(sample, Question) else ())
+    return options_of(sample.question, sample.options)
 
 
 def _prediction(
@@ -249,31 +233,16 @@ def _prediction(
 
 def read_samples(data: Path, tasks: Sequence[str], limit: int | None = None) -> list[Sample]:
     """The samples of a data folder, questions first."""
-    questions = _read_questions(data / "questions.jsonl")[:limit] if "vqa" in tasks else []
+    questions = read_questions(data / "questions.jsonl")[:limit] if "vqa" in tasks else []
     reports = read_reports(data / "reports.jsonl")[:limit] if "report" in tasks else []
     return [*questions, *reports]
-
-
-def _read_questions(path: Path) -> list[Question]:
-    samples = read_questions(path)
-    with path.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
-    return [
-        Question(**asdict(sample), options=_texts(row.get("options")), images=tuple(row.get("images") or ()))
-        for sample, row in zip(samples, rows, strict=True)
-    ]
-
-
-def _texts(options: dict | list | None) -> tuple[str, ...]:
-    """Options as they stand in a file: a list, or letter → text."""
-    return tuple(map(str, options.values() if isinstance(options, dict) else options or ()))
 
 
 def run(accelerator: Accelerator, config: PredictConfig) -> None:
     """Answer this process's batches; the main process puts all together."""
     store = open_store(config.data / "store")
     samples = read_samples(config.data, config.tasks, config.limit)
-    patients = {image_id: sample.patient_id for sample in samples for image_id in asked_about(sample)}
+    patients = {image_id: sample.patient_id for sample in samples for image_id in images_of(sample)}
     paths = {"predicted": config.predicted, "annotated": config.annotated}
     tables = {name: read_table(path) for name, path in paths.items() if path is not None}
     source = open_source(config.source, tables, patients, config.features, config.seed)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from configs import ConfigError, write_atomic
 from downstream.region_qa import LOOKS_FILE
-from downstream.samples import ReportSample, VQASample
+from downstream.samples import ReportSample, VQASample, to_row
 from grounding.build import PART_ITEMS, Job, in_processes, make_part
 from grounding.convert.record import Item, Regions, Skipped, finish, frame_scale, load
 from grounding.convert.tables import NOT_ON_DISK, index_images
@@ -412,7 +412,7 @@ def _write(rows: Sequence[Row], store: Store, out: Path, text_only: bool) -> dic
     founds = [found for _, found in rows]
     lines: dict[type, list[str]] = defaultdict(list)
     for found in founds:
-        line = json.dumps(asdict(found.sample) | found.more, ensure_ascii=False)
+        line = json.dumps(to_row(found.sample) | found.more, ensure_ascii=False)
         lines[type(found.sample)].append(line + "\n")
     write_atomic(out / "questions.jsonl", "".join(lines[VQASample]))
     write_atomic(out / "reports.jsonl", "".join(lines[ReportSample]))

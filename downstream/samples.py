@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from configs import write_atomic
 
@@ -23,6 +24,8 @@ class VQASample:
 
     `image` is the path of the image, or its id in the region store beside the file (then it equals `image_id`).
     `needs` says what answers it, beyond the picture: "boxes" (boxes and labels suffice) or "feature" (they do not).
+    `options`: what it can be answered with (a list, or letter → text). `images`: ids of all images that it is about,
+    where there are several; `image_id` is the first.
     """
 
     sample_id: str
@@ -35,8 +38,13 @@ class VQASample:
     answer_type: str
     question_type: str
     needs: str
+    options: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        given = self.options.values() if isinstance(self.options, dict) else self.options or ()
+        object.__setattr__(self, "options", tuple(map(str, given)))
+        object.__setattr__(self, "images", tuple(self.images or ()))
         if not self.question.strip():
             raise ValueError(f"question of sample {self.sample_id} is empty")
         _one_of("answer_type", self.answer_type, ANSWER_TYPES)
@@ -113,7 +121,12 @@ def read_predictions(path: str | Path) -> list[Prediction]:
     return _read(path, Prediction)
 
 
+def to_row(sample: VQASample | ReportSample | Prediction) -> dict[str, Any]:
+    """What its line in a file holds: all fields but empty `options` and `images`."""
+    return {name: value for name, value in asdict(sample).items() if value != ()}
+
+
 def write_samples(path: str | Path, samples: Iterable[VQASample | ReportSample | Prediction]) -> None:
     """Write samples or predictions, one JSON object a line; the file appears whole or not at all."""
-    lines = [json.dumps(asdict(sample), ensure_ascii=False) for sample in samples]
+    lines = [json.dumps(to_row(sample), ensure_ascii=False) for sample in samples]
     write_atomic(Path(path), "".join(line + "\n" for line in lines))

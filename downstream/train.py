@@ -58,7 +58,8 @@ class TrainConfig:
     A sample gets its annotated regions with probability `annotated_share`, else those of `source` (the predicted ones,
     or what takes their place: `downstream.sources.open_source`); none at all with `region_dropout`; their features are
     zeroed with `feature_dropout`, so that both controls are familiar at the test. Of `steps`, the first `align_steps`
-    train lists of regions (see `TrainingData`), the others questions and reports. `batch_size` is a process's, in rows;
+    train lists of regions (see `TrainingData`), the others questions and reports; in the first `projector_steps` the
+    two projectors learn alone, with LoRA at rest. `batch_size` is a process's, in rows;
     a row holds up to `pack` questions and reports of one image. `accumulation`: batches of a step in each process; one
     process with two of them learns what two processes do. `names`: regions stand in a prompt with their names,
     `presence`: what was not found with its probability (see `downstream.prompts`). `cite_answers`: answers cite
@@ -87,6 +88,7 @@ class TrainConfig:
     k: int = 8
     steps: int = 400
     align_steps: int = 130
+    projector_steps: int = 0
     batch_size: int = 8
     pack: int = 1
     accumulation: int = 1
@@ -135,6 +137,8 @@ class TrainConfig:
         positive = ("steps", "batch_size", "pack", "accumulation", "k", "max_answer", "val_samples", "eval_every")
         if any(getattr(self, name) < 1 for name in positive) or self.patience < 0:
             raise ValueError(f"{', '.join(positive)} must be positive, patience not negative")
+        if not 0 <= self.projector_steps <= self.steps:
+            raise ValueError(f"projector_steps={self.projector_steps}: give 0 to steps={self.steps}")
         if self.val is None and (self.val_predicted or self.patience):
             raise ValueError("val_predicted and patience go with val=FOLDER, the samples to judge by")
 
@@ -200,12 +204,15 @@ def optimizer_of(vlm: RegionVLM, config: TrainConfig) -> torch.optim.Optimizer:
     """LoRA and the two projectors, each with its own learning rate (`rates`)."""
     lora = [p for name, p in vlm.named_parameters() if "lora_" in name]
     bridge = [p for name, p in vlm.named_parameters() if p.requires_grad and "lora_" not in name]
-    groups = [{"params": p, "lr": rate} for p, rate in zip((lora, bridge), rates(config), strict=True)]
+    groups = [{"params": lora, "lr": config.lr}, {"params": bridge, "lr": config.bridge_lr}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=config.weight_decay)
 
 
-def rates(config: TrainConfig) -> tuple[float, float]:
-    return config.lr, config.bridge_lr
+def rates(config: TrainConfig, step: int) -> tuple[float, float]:
+    """Learning rates of LoRA and of the projectors. At rest LoRA stays in the graph: DDP and ZeRO want the same
+    gradients in every step."""
+    part = learning_rate(step, config.steps, config.warmup)
+    return config.lr * part if step >= config.projector_steps else 0.0, config.bridge_lr * part
 
 
 def backward(
@@ -254,8 +261,8 @@ def fit(accelerator: Accelerator, config: TrainConfig) -> None:
         if validation and validation.is_over:
             break
         began = time.perf_counter()
-        for group, rate in zip(optimizer.param_groups, rates(config), strict=True):
-            group["lr"] = rate * learning_rate(step, config.steps, config.warmup)
+        for group, rate in zip(optimizer.param_groups, rates(config, step), strict=True):
+            group["lr"] = rate
         loss, rows = backward(accelerator, model, config, data, step)
         lengths += rows
         mean = accelerator.reduce(loss, "mean").item()

@@ -312,6 +312,7 @@ def test_help_has_an_example(command, capsys):
 def test_a_small_demo_runs_and_is_reused(tmp_path):
     out = tmp_path / "demo"
     command = [sys.executable, "-m", "downstream.cli", "demo", "--config", "configs/demo/small.yaml", "--out", str(out)]
+    command.append("jobs=2")
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr[-3000:]
     scores = json.loads((out / "scores.json").read_text())

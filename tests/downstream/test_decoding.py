@@ -21,7 +21,7 @@ from downstream.brain_qa import build_questions
 from downstream.data import extent_mm, pixels_of, question_of
 from downstream.decoding import Decoding, answered, choose, log_probabilities, options_of
 from downstream.embedded import load_base
-from downstream.predict import Question, answer_batch, plan_batches, predict, read_samples
+from downstream.predict import answer_batch, plan_batches, predict, read_samples
 from downstream.prompts import REPORT_QUESTION
 from downstream.samples import ReportSample, VQASample, read_predictions
 from downstream.sources import open_source, read_table
@@ -281,7 +281,7 @@ def test_a_study_of_several_images_is_one_prompt(answerer, data, source):
     store = open_store(data / "store")
     a, b = store.image_ids[:2]
     report = ReportSample("study", "p", (a, b), "mri", None, "Findings.", None)
-    question = Question(**dataclasses.asdict(read_samples(data, ("vqa",), 1)[0]) | {"image_id": a, "images": (a, b)})
+    question = VQASample(**dataclasses.asdict(read_samples(data, ("vqa",), 1)[0]) | {"image_id": a, "images": (a, b)})
     for sample in (report, question):
         (row,) = predict(answerer, store, [sample], source)
         evidence = RegionSet.from_dict(row.evidence)

@@ -124,6 +124,17 @@ def test_a_step_of_two_batches_has_the_mean_of_their_losses(data, tmp_path):
     assert parts[0] != parts[1] and losses(tmp_path) == pytest.approx([sum(parts) / 2], abs=1e-6)
 
 
+def test_lora_rests_in_the_projectors_own_steps(trained, data, tmp_path):
+    train.main(settings(data, tmp_path / "run", "steps=6", "projector_steps=6", "save_every=0"))
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    rested, moved = (load_file(run / "checkpoint/adapter_model.safetensors") for run in (tmp_path / "run", trained))
+    names_of_b = [name for name in rested if "lora_B" in name]
+    assert names_of_b and not any(rested[name].any() for name in names_of_b)
+    assert all(moved[name].any() for name in names_of_b)
+    with pytest.raises(SystemExit, match="projector_steps=7: give 0 to steps=6"):
+        train.main(settings(data, tmp_path / "wrong", "steps=6", "projector_steps=7"))
+
+
 def test_a_blank_image_hides_the_picture_alone(data, tmp_path):
     tables = {kind: read_table(data / f"{kind}.safetensors") for kind in ("predicted", "annotated")}
     seen = []
@@ -219,8 +230,12 @@ def test_errors_name_the_thing(trained, data, tmp_path):
         load_answerer(tmp_path / "empty")
 
 
-def test_tiny_base_is_the_same_for_the_same_seed():
-    assert tiny_base().fingerprint == tiny_base().fingerprint != tiny_base(1).fingerprint
+def test_tiny_base_is_the_same_for_the_same_seed_and_sees():
+    base = tiny_base()
+    assert base.fingerprint == tiny_base().fingerprint != tiny_base(1).fingerprint
+    features = base.model.model.get_image_features(torch.stack([torch.zeros(3, 64, 64), torch.ones(3, 64, 64)]))
+    dark, bright = features.pooler_output
+    assert (dark - bright).abs().mean() > 0.05 * dark.abs().mean() > 1e-3
 
 
 @pytest.fixture(scope="module")
