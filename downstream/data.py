@@ -17,7 +17,16 @@ from downstream.brain_qa import describe, lesions_of
 from downstream.citations import cite, cite_answer, found_slots
 from downstream.controls import BlankImages
 from downstream.packing import pack
-from downstream.prompts import LIST_QUESTION, REPORT_QUESTION, Batch, Prompt, build_prompt, collate, report_text
+from downstream.prompts import (
+    LIST_QUESTION,
+    REPORT_QUESTION,
+    Batch,
+    Prompt,
+    build_prompt,
+    collate,
+    report_text,
+    tokens_of,
+)
 from downstream.region_qa import LOOKS_FILE, read_looks
 from downstream.samples import ReportSample, VQASample, read_questions, read_reports
 from downstream.sources import RegionSource, TokenTable, open_source
@@ -139,9 +148,9 @@ def list_regions(
     record: GroundingSample,
     tree: LabelTree,
     looks: Mapping[str, Sequence[str]] | None = None,
-) -> str:
-    """The answer to `LIST_QUESTION`: the first regions of a prompt by name, in order; of a finding that is annotated
-    (IoU at least 0.5), its size and looks as well. "none" without regions. looks: see `described`."""
+) -> list[str]:
+    """The parts of the answer to `LIST_QUESTION`: the first regions of a prompt by name, in order; of a finding that is
+    annotated (IoU at least 0.5), its size and looks as well. looks: see `described`."""
     texts = described(record, looks)
     truth = torch.from_numpy(record.regions.boxes[list(texts)])
     said = []
@@ -153,7 +162,7 @@ def list_regions(
         if is_finding and len(truth) and overlap.max() >= 0.5:
             name += f", {list(texts.values())[int(overlap.argmax())]}"
         said.append(name)
-    return "; ".join(said) or "none"
+    return said
 
 
 @dataclass(frozen=True)
@@ -175,7 +184,9 @@ class TrainingData:
     a row holds that many questions and reports of one image at most, and in the first `align_steps` its list as well.
     A report is about all images of its study. Counted so far: what was left out of prompts that were too long for the
     model (`dropped`), and the regions found that had no slot among K (`beyond_budget`).
-    Raises ValueError for a folder without samples, or a study without images.
+    Answers of more than `max_answer` tokens are left out, with a warning; a list ends before it is so long, and an
+    answer that its citations would make so long has none.
+    Raises ValueError for a folder without samples or with none short enough, or a study without images.
     """
 
     def __init__(self, config: DataConfig, base: Base, tree: LabelTree, tables: Mapping[str, TokenTable]):
@@ -184,12 +195,8 @@ class TrainingData:
         looks = config.data / LOOKS_FILE  # beside questions that were made from regions
         self.looks = read_looks(looks) if looks.exists() else None
         reports = [report for report in read_reports(config.data / "reports.jsonl") if report_text(report)]
-        self.samples: list[Sample] = [
-            *read_questions(config.data / "questions.jsonl")[: config.limit],
-            *reports[: config.limit],
-        ]
-        if not self.samples:
-            raise ValueError(f"{config.data}: questions.jsonl and reports.jsonl hold no sample to train on")
+        questions = read_questions(config.data / "questions.jsonl")
+        self.samples = self._short_enough([*questions[: config.limit], *reports[: config.limit]])
         self.lengths = [len(question_of(sample)) + len(answer_of(sample)) for sample in self.samples]
         self._epoch, self._plan = -1, []
         self.images = [images_in(self.store, sample) for sample in self.samples]
@@ -199,6 +206,22 @@ class TrainingData:
         self._warn_missing()
         self.sources = {"annotated": RegionSource(tables["annotated"]), "predicted": self._open_source(tables)}
         self.dropped, self.beyond_budget = Dropped(), 0
+
+    def _short_enough(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Those whose answers have at most `max_answer` tokens."""
+        if not samples:
+            raise ValueError(f"{self.config.data}: questions.jsonl and reports.jsonl hold no sample to train on")
+        most, lengths = self.config.max_answer, [len(tokens_of(self.base, answer_of(sample))) for sample in samples]
+        kept = [sample for sample, length in zip(samples, lengths, strict=True) if length <= most]
+        if len(kept) < len(samples):
+            told = f"{len(samples) - len(kept)} of {len(samples)} answers have more than max_answer={most} tokens"
+            if not kept:
+                raise ValueError(f"{self.config.data}: {told}; max_answer={max(lengths)} keeps them")
+            log.warning("%s, the longest %d: left out", told, max(lengths))
+        return kept
+
+    def _fits(self, answer: str) -> bool:
+        return len(tokens_of(self.base, answer)) <= self.config.max_answer
 
     def _warn_missing(self) -> None:
         missing = [len(images_of(s)) - len(ids) for s, ids in zip(self.samples, self.images, strict=True)]
@@ -257,18 +280,24 @@ class TrainingData:
         return question_of(sample), lambda slots: self._answer(sample, slots, study.records[0].modality or None)
 
     def _list(self, study: _Study) -> tuple[str, AnswerOf]:
-        return LIST_QUESTION, lambda slots: list_regions(slots, study.records[0], self.tree, self.looks)
+        return LIST_QUESTION, lambda slots: self._listed(slots, study)
+
+    def _listed(self, slots: RegionTokens, study: _Study) -> str:
+        said = list_regions(slots, study.records[0], self.tree, self.looks)
+        while said and not self._fits("; ".join(said)):
+            said.pop()
+        return "; ".join(said) or "none"
 
     def _answer(self, sample: Sample, slots: RegionTokens, modality: str | None) -> str:
         """What is to be said; with a route that tells of regions, citing those in `slots`."""
-        answer = answer_of(sample)
+        answer = cited = answer_of(sample)
         if self.config.route == "none":
             return answer
         if isinstance(sample, ReportSample) and sample.findings:
-            return answer.replace(sample.findings, cite(sample.findings, slots, self.tree), 1)
+            cited = answer.replace(sample.findings, cite(sample.findings, slots, self.tree), 1)
         if isinstance(sample, VQASample) and self.config.cite_answers:
-            return cite_answer(answer, sample.question, slots, self.tree, modality)
-        return answer
+            cited = cite_answer(answer, sample.question, slots, self.tree, modality)
+        return cited if self._fits(cited) else answer
 
     def _lists(self, number: int) -> Iterator[Prompt]:
         config, rng = self.config, random.Random(f"{self.config.seed}/lists/{number}")

@@ -135,7 +135,7 @@ def build_prompt(
     if route in PICTURED and not images:
         raise ValueError(f"route {route!r} shows regions as pictures; give the image, not what a model reads of it")
     # The model reads answers without surrounding blanks, so that is how they are trained.
-    answer_ids = [] if answer is None else _answer_ids(base, answer.strip(), max_answer)
+    answer_ids = [] if answer is None else _answer_within(base, answer, max_answer)
     slots = empty(slots) if route == "none" else slots
     numbers = [0] * slots.valid.shape[1] if image_of_slot is None else list(image_of_slot)
     extents = extent_mm if isinstance(extent_mm, list) else [extent_mm] * max(1, len(images))
@@ -268,10 +268,15 @@ def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
 
 
-def _answer_ids(base: Base, answer: str, max_answer: int) -> list[int]:
-    ids = base.tokenizer(answer, add_special_tokens=False)["input_ids"] + [base.tokenizer.eos_token_id]
+def tokens_of(base: Base, answer: str) -> list[int]:
+    """Tokens of an answer as a prompt ends with it: stripped, with the end token."""
+    return base.tokenizer(answer.strip(), add_special_tokens=False)["input_ids"] + [base.tokenizer.eos_token_id]
+
+
+def _answer_within(base: Base, answer: str, max_answer: int) -> list[int]:
+    ids = tokens_of(base, answer)
     if len(ids) > max_answer:
-        raise ValueError(f"answer of {len(ids)} tokens, more than max_answer={max_answer}: {answer[:60]!r}")
+        raise ValueError(f"answer of {len(ids)} tokens, more than max_answer={max_answer}: {answer.strip()[:60]!r}")
     return ids
 
 

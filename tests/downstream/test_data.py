@@ -9,8 +9,9 @@ import torch
 from bridges.routes import pick
 from downstream import predict, train
 from downstream.brain_qa import build_questions, describe, lesions_of
-from downstream.data import TrainingData, list_regions
+from downstream.data import TrainingData, answer_of, list_regions
 from downstream.embedded import tiny_base
+from downstream.prompts import IGNORED, tokens_of
 from downstream.samples import ReportSample, read_predictions, write_samples
 from downstream.sources import read_table
 from downstream.train import TrainConfig
@@ -43,7 +44,7 @@ def with_lesion(brain_store):
 
 def test_a_lesion_is_listed_first_with_its_size_and_looks(with_lesion):
     slots = pick(as_tokens(with_lesion.regions), 0, [], TREE, 8, {})
-    first = list_regions(slots, with_lesion, TREE).split("; ")[0]
+    first = list_regions(slots, with_lesion, TREE)[0]
     (lesion,) = lesions_of(with_lesion.regions, with_lesion.spacing)
     assert first == f"{TREE.phrase(with_lesion.regions.labels[lesion.index])}, {describe(lesion)}"
 
@@ -52,13 +53,13 @@ def test_a_false_lesion_is_listed_by_its_label_alone(with_lesion):
     tokens = as_tokens(with_lesion.regions)
     k = lesions_of(with_lesion.regions)[0].index
     tokens.boxes[0, k] = torch.tensor([0.0, 0.0, 0.02, 0.02])
-    first = list_regions(pick(tokens, 0, [], TREE, 8, {}), with_lesion, TREE).split("; ")[0]
+    first = list_regions(pick(tokens, 0, [], TREE, 8, {}), with_lesion, TREE)[0]
     assert first == TREE.phrase(with_lesion.regions.labels[k])
 
 
-def test_no_region_is_none(with_lesion):
+def test_no_region_makes_no_list(with_lesion):
     nothing = as_tokens(with_lesion.regions.select([]))
-    assert list_regions(pick(nothing, 0, [], TREE, 8, {}), with_lesion, TREE) == "none"
+    assert list_regions(pick(nothing, 0, [], TREE, 8, {}), with_lesion, TREE) == []
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,43 @@ def test_prompts_that_are_too_long_are_told_fewer_regions(folder, caplog, pack):
     assert data.dropped.prompts and data.dropped.regions >= data.dropped.prompts and data.dropped.turns == 0
     assert all(batch.inputs["position_ids"].max() < longest - 40 for batch in batches)
     assert sum("longer than the model's context" in message for message in caplog.messages) == 1
+
+
+def said(batch, base) -> list[str]:
+    return [base.tokenizer.decode(row[row != IGNORED], skip_special_tokens=True) for row in batch.labels]
+
+
+@pytest.mark.parametrize("pack", [1, 2])
+def test_a_list_ends_before_it_is_longer_than_an_answer_may_be(folder, pack):
+    base, one = tiny_base(), {"annotated_share": 1.0, "align_steps": 1, "pack": pack, "batch_size": 4}
+    whole, short = (said(training(folder, base, max_answer=most, **one).batch(0), base) for most in (700, 180))
+    assert any(len(a) > len(b) for a, b in zip(whole, short, strict=True))
+    for full, cut in zip(whole, short, strict=True):
+        lists = [text.split("; ") for text in (full, cut)]
+        assert pack > 1 or lists[1] == lists[0][: len(lists[1])]
+
+
+def test_answers_that_are_too_long_are_left_out_and_told(folder, caplog):
+    base = tiny_base()
+    whole = training(folder, base, max_answer=700)
+    short = training(folder, base, max_answer=100)
+    kept = [sample for sample in whole.samples if len(tokens_of(base, answer_of(sample))) <= 100]
+    assert short.samples == kept and 0 < len(kept) < len(whole.samples)
+    (told,) = [message for message in caplog.messages if "max_answer" in message]
+    assert f"{len(whole.samples) - len(kept)} of {len(whole.samples)} answers have more than max_answer=100" in told
+    with pytest.raises(ValueError, match="keeps them"):
+        training(folder, base, max_answer=1)
+
+
+def test_citations_that_make_an_answer_too_long_are_left_away(folder):
+    base = tiny_base()
+    whole = training(folder, base, annotated_share=1.0)
+    report = max((s for s in whole.samples if isinstance(s, ReportSample)), key=lambda s: len(answer_of(s)))
+    short = training(folder, base, annotated_share=1.0, max_answer=len(tokens_of(base, answer_of(report))))
+    epoch = len(whole.samples) // whole.config.batch_size
+    full, cut = ([text for step in range(epoch) for text in said(data.batch(step), base)] for data in (whole, short))
+    assert answer_of(report) in cut and answer_of(report) not in full
+    assert any("[r" in text for text in full)
 
 
 @pytest.mark.parametrize("route", ["overlay", "crop"])
