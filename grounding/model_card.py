@@ -37,6 +37,8 @@ def write_model_card(
         "## Training data",
         *(data_section(role, store) for role, store in stores.items()),
         "## Training",
+        "The last `calibration` images of each of these stores set thresholds and probabilities; nothing is trained "
+        "on them.",
         table(("setting", "value"), training.items()),
         *_forgetting(forgetting),
         "## Labels",

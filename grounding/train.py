@@ -345,7 +345,7 @@ def finish(config: TrainConfig, data: Data, model_config: MedGLIPConfig, state: 
 SETTINGS = (
     *("steps", "batch_size", "accumulation", "lr", "trunk_lr", "weight_decay", "ema", "augment", "tiles", "scales"),
     *("trunk", "pretrained", "text_encoder", "image_size", "width", "fusion", "adapters", "mask_head", "hierarchy"),
-    *("partial_negatives", "replay_share", "seed"),
+    *("partial_negatives", "replay_share", "calibration", "seed"),
 )
 
 
